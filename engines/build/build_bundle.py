@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -136,22 +137,29 @@ def build_bundle(
         plan = plan_memory(bundle, to_build, library, target, options, device, swap_mib)
         plan.refuse_misfits()
 
+    builds = []
+    for stage, key in keys.items():
+        build = StageBuild(
+            bundle=bundle,
+            stage=stage,
+            key=key,
+            folder=folder,
+            options=options,
+            best_of=best_of,
+            repair=repair,
+            without_remedies=without_remedies,
+        )
+        builds.append(build)
+
+    # A container's image may hold bundle and engines, and be read-only.
+    if not to_build and not os.access(folder, os.W_OK):
+        found = [engine for engine in (build.found() for build in builds) if engine is not None]
+        if len(found) == len(builds):
+            return found
+
     # Under the lock each stage is looked up again: another build may have finished it meanwhile.
-    built = []
     with locked(folder), _progress_bar(console) as bar:
-        for stage, key in keys.items():
-            build = StageBuild(
-                bundle=bundle,
-                stage=stage,
-                key=key,
-                folder=folder,
-                options=options,
-                best_of=best_of,
-                repair=repair,
-                without_remedies=without_remedies,
-            )
-            built.append(_run(build, bar))
-    return built
+        return [_run(build, bar) for build in builds]
 
 
 def dry_run(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -42,6 +43,7 @@ from hipa_deploy.engines.store.sidecar import (
     Sidecar,
     check_engine_file,
     engine_path,
+    find_sidecars,
     read_sidecar,
     rejected_path,
     rejection_path,
@@ -146,6 +148,15 @@ class StageBuild:
     _bisection: Bisection | None = None
     _number: int = 0
 
+    def found(self) -> BuiltEngine | None:
+        """The engine that is there already and runs, if it is up to date; nothing is written."""
+        graph = StageGraph.read(self.bundle, self.stage)
+        facts = build_facts(self.bundle, self.stage, self.key, graph.graph)
+        path = self._up_to_date(self._start(facts))
+        if path is None or not self._is_chosen(path):
+            return None
+        return BuiltEngine(self.stage, engine_path(path), read_sidecar(path), up_to_date=True)
+
     def run(self) -> BuiltEngine:
         """Build the engine, or find one that is up to date and right.
 
@@ -157,7 +168,7 @@ class StageBuild:
         graph = StageGraph.read(self.bundle, self.stage)
         facts = build_facts(self.bundle, self.stage, self.key, graph.graph)
         documented = from_the_start(facts)
-        start = from_the_start(facts, self.without_remedies) if self.repair else Repairs()
+        start = self._start(facts)
         kept = self._existing(start)
         if kept is not None:
             return kept
@@ -199,11 +210,18 @@ class StageBuild:
                 )
             raise HipaError(words) from None
 
-    def _existing(self, start: Repairs) -> BuiltEngine | None:
-        """The engine that is there already, checked if this machine can; None if it is no use."""
-        path = up_to_date(
+    def _start(self, facts: Build) -> Repairs:
+        """The remedies of known faults that the first build has."""
+        return from_the_start(facts, self.without_remedies) if self.repair else Repairs()
+
+    def _up_to_date(self, start: Repairs) -> Path | None:
+        return up_to_date(
             self.folder, self.stage, self.key, self.best_of, lambda found: _has(found, start)
         )
+
+    def _existing(self, start: Repairs) -> BuiltEngine | None:
+        """The engine that is there already, checked if this machine can; None if it is no use."""
+        path = self._up_to_date(start)
         if path is None:
             return None
         sidecar = read_sidecar(path)
@@ -217,9 +235,19 @@ class StageBuild:
             if check.outcome == "passed":
                 sidecar = _checked(sidecar, check)
                 _write(path, sidecar)
-        # Of several engines that fit, the newest runs: what was asked for last is to be it.
-        path.touch()
+        sidecar = self._choose(path, sidecar)
         return BuiltEngine(self.stage, engine_path(path), sidecar, up_to_date=True)
+
+    def _is_chosen(self, path: Path) -> bool:
+        return next(iter(find_sidecars(self.bundle, self.stage, self.key.flavour))) == path
+
+    def _choose(self, path: Path, sidecar: Sidecar) -> Sidecar:
+        """Note that this engine was asked for last: of several that fit, that one runs."""
+        if self._is_chosen(path):
+            return sidecar
+        sidecar = sidecar.model_copy(update={"chosen_at": time.time()})
+        _write(path, sidecar)
+        return sidecar
 
     def _build(self, graph: StageGraph, repairs: Repairs, stack: ExitStack) -> _Built:
         """Build the candidates, choose the fastest, and run it on the references.
@@ -356,6 +384,7 @@ class StageBuild:
             precision_check=built.outcome.precision_check,
             engine_sha256=file_sha256(built.scratch),
             engine_bytes=built.scratch.stat().st_size,
+            chosen_at=time.time(),
             activation_bytes=built.outcome.activation_bytes,
             build_seconds=built.outcome.seconds,
             build_peak_mib=built.outcome.peak_mib,

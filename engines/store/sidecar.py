@@ -132,9 +132,11 @@ class Sidecar(Record):
 
     ``candidates_ms`` is the median latency of every build with ``--best-of``, the fastest kept.
     ``activation_bytes`` is what TensorRT says its activations take, None where no GPU loaded it.
-    This, ``check``, ``attention``, ``attempts`` and ``remedies`` are absent in files of older
-    versions. ``attempts`` has the builds that failed their gate before this one, and this one; it
-    is empty without any. ``remedies`` are those of known faults that are among the key's repairs.
+    ``chosen_at`` is when a build last made this engine or found it up to date, in seconds since
+    1970. These two, ``check``, ``attention``, ``attempts`` and ``remedies`` are absent in files of
+    older versions. ``attempts`` has the builds that failed their gate before this one, and this
+    one; it is empty without any. ``remedies`` are those of known faults that are among the key's
+    repairs.
     """
 
     schema_version: Literal[1] = 1
@@ -144,6 +146,7 @@ class Sidecar(Record):
     precision_check: PrecisionCheck
     engine_sha256: str
     engine_bytes: int
+    chosen_at: float | None = None
     activation_bytes: int | None = None
     build_seconds: float
     build_peak_mib: int | None
@@ -187,21 +190,26 @@ def read_sidecar(path: Path) -> Sidecar:
 
 
 def find_sidecars(bundle: Bundle, stage: str, library: TensorRTLibrary) -> dict[Path, Sidecar]:
-    """The sidecars of a stage's engines by path, newest first.
+    """The sidecars of a stage's engines by path, the one that was chosen last first.
+
+    A file of an older version does not say when: then the time of its last change counts, which a
+    copy of the bundle does not keep.
 
     Raises:
         HipaError: a sidecar cannot be read.
 
     """
-    paths = []
+    sidecars = {}
     for path in (bundle.root / FOLDER).glob(f"{library}-*/{stage}-*.json"):
-        paths.append(inside(bundle.root, path.relative_to(bundle.root).as_posix()))
-    paths.sort(key=_modified_ns, reverse=True)
-    return {path: read_sidecar(path) for path in paths}
+        inside_path = inside(bundle.root, path.relative_to(bundle.root).as_posix())
+        sidecars[inside_path] = read_sidecar(inside_path)
 
+    def chosen_at(path: Path) -> float:
+        return sidecars[path].chosen_at or path.stat().st_mtime
 
-def _modified_ns(path: Path) -> int:
-    return path.stat().st_mtime_ns
+    # By name where the times are equal, so that every machine takes the same one.
+    paths = sorted(sorted(sidecars), key=chosen_at, reverse=True)
+    return {path: sidecars[path] for path in paths}
 
 
 def engine_folder(bundle: Bundle, library: TensorRTLibrary, target: str) -> Path:

@@ -75,6 +75,21 @@ def test_builds_every_stage_then_finds_them_up_to_date(make_bundle):
     assert names(bundle.root / "engines") == before
 
 
+def test_what_is_up_to_date_may_be_read_only(make_bundle, monkeypatch):
+    bundle = make_bundle(stages=("unet",))
+    (built,) = build(bundle, target="rtx40")
+
+    def refuse(folder):
+        raise AssertionError(f"{folder} is written")
+
+    # Root may write to every folder, so the system's answer is invented.
+    monkeypatch.setattr(build_module.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(build_module, "locked", refuse)
+    assert build(bundle, target="rtx40") == [dataclasses.replace(built, up_to_date=True)]
+    with pytest.raises(AssertionError, match="is written"):
+        build(bundle, target="rtx50")
+
+
 def test_options_reach_the_builder_and_the_key(make_bundle):
     bundle = make_bundle(stages=("unet",))
     options = BuildOptions(

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from hipa_deploy.engines.store.select import backend_with_engines, open_engine
-from hipa_deploy.engines.store.sidecar import engine_path, find_sidecars
+from hipa_deploy.engines.store.sidecar import engine_path, find_sidecars, read_sidecar
 from hipa_deploy.errors import HipaError
 from tests.engines.engine_samples import CONTENT, put_engine
 
@@ -21,6 +21,20 @@ def test_sidecars_are_found_newest_first(make_bundle):
     os.utime(newer, ns=(0, 0))
     assert list(find_sidecars(bundle, "unet", "tensorrt")) == [older, newer]
     assert find_sidecars(bundle, "unet", "rtx") == {}
+
+
+def test_a_copy_of_the_bundle_keeps_which_engine_was_chosen(make_bundle):
+    """Copies do not keep the times of files: what the sidecar says counts more."""
+    bundle = make_bundle(stages=("unet",))
+    paths = [put_engine(bundle), put_engine(bundle, tensorrt="11.4")]
+    for path, other in (paths, reversed(paths)):
+        for chosen_at, changed in ((path, 100.0), (other, 50.0)):
+            sidecar = read_sidecar(chosen_at).model_copy(update={"chosen_at": changed})
+            chosen_at.write_text(sidecar.model_dump_json())
+        for older in paths:
+            os.utime(older, ns=(1, 1))
+            assert list(find_sidecars(bundle, "unet", "tensorrt")) == [path, other]
+            os.utime(older)
 
 
 @pytest.mark.parametrize("content", [CONTENT[:-1], b"an engin?"])
