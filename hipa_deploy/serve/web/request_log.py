@@ -100,6 +100,7 @@ class RequestLog:
         number = uuid.uuid4().hex
         scope["facts"] = {}
         status = 0
+        cancelled = False
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -113,6 +114,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, watched)
         except asyncio.CancelledError:
+            cancelled = True
             if GIVE_UP not in scope:
                 raise  # another server's: it may have its own reason, and waits for this
             # Ours ends without waiting any longer: at a second Ctrl-C, or after its limit.
@@ -134,15 +136,18 @@ class RequestLog:
             quiet = route.startswith("/health") or route == "/metrics"
             if not quiet or status >= 400:
                 facts = {"error": error, **scope["facts"]} if error else scope["facts"]
-                self._write_later(
-                    {
-                        "id": number,
-                        "route": route,
-                        "status": status,
-                        "ms": round(seconds * 1000, 2),
-                        **facts,
-                    }
-                )
+                line = {
+                    "id": number,
+                    "route": route,
+                    "status": status,
+                    "ms": round(seconds * 1000, 2),
+                    **facts,
+                }
+                # The loop may be ending: what is begun now would not be waited for.
+                if cancelled:
+                    log("request", **line)
+                else:
+                    self._write_later(line)
 
     def _write_later(self, facts: dict[str, Any]) -> None:
         self._ended.append(facts)
