@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -31,18 +32,22 @@ from hipa_deploy.serve.web.schemas import OpenAiFields
 router = APIRouter(route_class=DirectRoute)
 
 
-def form_schema(fields: type[Any], *files: str) -> dict[str, Any]:
-    """A form with files for the OpenAPI document."""
+def form_schema(fields: type[Any], *files: str, optional: Sequence[str] = ()) -> dict[str, Any]:
+    """A form for the OpenAPI document, with files that it must have and ``optional`` ones."""
     schema = fields.model_json_schema()
-    for name in files:
+    for name in (*files, *optional):
         schema["properties"][name] = {"type": "string", "format": "binary"}
-    return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
+    schema["required"] = [*schema.get("required", []), *files]
+    return _body("multipart/form-data", schema)
 
 
 def json_schema(fields: type[Any]) -> dict[str, Any]:
     """A JSON body for the OpenAPI document."""
-    schema = fields.model_json_schema()
-    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+    return _body("application/json", fields.model_json_schema())
+
+
+def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
 
 
 @router.post("/v1/images/generations", openapi_extra=json_schema(OpenAiFields))
@@ -55,7 +60,9 @@ async def generations(request: Request) -> dict[str, Any]:
     return await _answer(service, request, fields, _order(service, model, fields))
 
 
-@router.post("/v1/images/edits", openapi_extra=form_schema(OpenAiFields, "image", "mask"))
+@router.post(
+    "/v1/images/edits", openapi_extra=form_schema(OpenAiFields, "image", optional=["mask"])
+)
 async def edits(request: Request) -> dict[str, Any]:
     """Images from an image: an edit, or with a mask an inpainting."""
     service: ImageService = request.app.state.service

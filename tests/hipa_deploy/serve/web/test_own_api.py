@@ -150,3 +150,18 @@ def test_the_openapi_document_has_every_route(http: httpx.Client) -> None:
         assert path in paths
     form = paths["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]
     assert {"image", "mask", "prompt"} <= form["schema"]["properties"].keys()
+    # What a client made of the document must ask for.
+    needed = {
+        "/v1/images/generations": {"prompt"},
+        "/v1/images/edits": {"prompt", "image"},
+        "/hipa/edit": {"prompt", "image"},
+        "/hipa/inpaint": {"prompt", "image", "mask"},
+        "/hipa/upscale": {"image"},
+    }
+    for path, names in needed.items():
+        body = paths[path]["post"]["requestBody"]
+        (content,) = body["content"].values()
+        assert body["required"]
+        assert set(content["schema"]["required"]) == names, path
+    # References lead to what is in the document, and not in the fields' own schema.
+    assert "#/$defs" not in http.get("/openapi.json").text
