@@ -19,6 +19,7 @@ from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.train.data.captions import folder_captions, image_paths
+from hipa_deploy.train.data.edit_prompts import check_related
 from hipa_deploy.train.recipes.recipe import (
     DecoderRecipe,
     Recipe,
@@ -60,6 +61,8 @@ def check_request(
     """
     prompts = read_prompts(recipe, model)
     held_out_prompts(recipe, model, trained_prompts(recipe, prompts))
+    if isinstance(recipe, Recipe) and recipe.task == "edit":
+        check_related(with_captions(recipe, prompts), recipe.source.same)
     config = early_config(model)
     _check_size(recipe, config)
     _check_timestep(recipe, config, start)
@@ -129,6 +132,20 @@ def trained_prompts(recipe: Recipe | DecoderRecipe, prompts: list[str]) -> list[
     """
     if not isinstance(recipe, Recipe) or not recipe.held_out.prompts:
         return prompts
+    return with_captions(recipe, prompts)
+
+
+def with_captions(recipe: Recipe, prompts: list[str]) -> list[str]:
+    """The recipe's prompts, and the captions of its folder of images, where it reads any.
+
+    Args:
+        recipe: Names the folder.
+        prompts: As ``read_prompts`` returns them.
+
+    Raises:
+        HipaError: As ``folder_captions``.
+
+    """
     if recipe.source_folder is None or not recipe.source.captions:
         return prompts
     # What has no caption is told where the examples are made.

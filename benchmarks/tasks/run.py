@@ -57,7 +57,8 @@ from hipa_deploy.images.png import grid, png_bytes
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.locate import model_folder
 from hipa_deploy.tasks import Task, strength_timestep
-from hipa_deploy.train.data.examples import edit_starts, reduced
+from hipa_deploy.train.data.edit_prompts import edit_starts
+from hipa_deploy.train.data.examples import reduced
 from hipa_deploy.train.data.masks import random_mask
 from hipa_deploy.train.data.teacher_pairs import Edits, edited_latents
 from hipa_deploy.train.evaluation.evaluation_request import held_out_prompts

@@ -71,7 +71,7 @@ def run_task_demo(task: Task, out: Path | None, *, console: Console) -> None:
 def _compare(task: Task, out: Path, console: Console) -> list[str]:
     """Write the contact sheet; give its headings."""
     from hipa_deploy.generate.prompt_files import read_prompt_file
-    from hipa_deploy.train.data.examples import edit_starts
+    from hipa_deploy.train.data.edit_prompts import edit_starts
     from hipa_deploy.train.evaluation.evaluation_request import held_out_prompts
     from hipa_deploy.train.evaluation.quality import teacher_images
     from hipa_deploy.train.evaluation.task_images import one_step_task_images

@@ -31,3 +31,29 @@ def test_the_timestep_of_a_decoders_latents(model_dir: Path) -> None:
     decoder = DecoderRecipe.model_validate(values)
     with pytest.raises(HipaError, match=BEYOND):
         check_request(decoder, model_dir, None, Style())
+
+
+def test_edits_that_lead_nowhere(recipe: Recipe, model_dir: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("3d emoji of a cat\nflat emoji of a cat\n3d emoji of a dog\n", "utf-8")
+    strengths = {"strengths": (1.0,)}
+    edit = recipe.model_copy(
+        update={
+            "task": "edit",
+            "prompts": str(prompts),
+            "source": recipe.source.model_copy(update=strengths | {"same": "emoji of a (.*)"}),
+        }
+    )
+    check_request(edit, model_dir, None, Style())
+
+    # A prompt twice is no other prompt.
+    prompts.write_text("3d emoji of a cat\n3d emoji of a dog\n3d emoji of a dog\n", "utf-8")
+    with pytest.raises(
+        HipaError, match=r"relates no prompt to another one.* Expected an expression"
+    ):
+        check_request(edit, model_dir, None, Style())
+    # Without an expression every prompt follows from every other, and a single one from itself.
+    free = edit.model_copy(update={"source": recipe.source.model_copy(update=strengths)})
+    check_request(free, model_dir, None, Style())
+    prompts.write_text("a watercolour\n", "utf-8")
+    check_request(free, model_dir, None, Style())

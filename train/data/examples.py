@@ -9,7 +9,6 @@ size.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,8 @@ from torch import Tensor
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.compositing import hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
-from hipa_deploy.patterns import Patterns
 from hipa_deploy.tasks import strength_timestep
+from hipa_deploy.train.data.edit_prompts import count_alone, related_prompts
 from hipa_deploy.train.data.masks import random_mask
 from hipa_deploy.train.data.source_images import (
     SourceImages,
@@ -323,6 +322,16 @@ def choose_edits(
     """
     settings = recipe.source
     related = related_prompts(prompts, settings.same)
+    alone = count_alone(prompts, settings.same) if settings.same else 0
+    if alone:
+        screen = console or Console(stderr=True)
+        screen.print(
+            f"source.same relates {alone} of {len(prompts)} prompts to no other: what starts from "
+            "their images follows the same prompt again.",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
     timesteps = [strength_timestep(strength) for strength in settings.strengths]
     image_N = torch.arange(len(source_images) * settings.per_image) // settings.per_image
 
@@ -358,61 +367,6 @@ def _another(rng: np.random.Generator, group: list[int], own: int) -> int:
         return own
     number = int(rng.integers(len(group) - 1))
     return group[number] if group[number] < own else group[number + 1]
-
-
-def related_prompts(prompts: list[str], same: str | None) -> Callable[[int], list[int]]:
-    """Group prompts that are edits of one another.
-
-    Args:
-        prompts: All prompts.
-        same: Regular expression with one group. Prompts in which the group matches the same text
-            are related; a prompt without a match is related to equal prompts only. With None all
-            prompts are related.
-
-    Returns:
-        A function from a prompt's index to the indices of all related prompts, itself included.
-
-    Example:
-        >>> related = related_prompts(["3d emoji of a cat", "flat emoji of a cat"], "of (.*)")
-        >>> related(0)
-        [0, 1]
-
-    """
-    if same is None:
-        everyone = list(range(len(prompts)))
-        return lambda index: everyone
-
-    patterns = Patterns("source.same of the recipe", seconds=60.0)
-    group_of = []
-    members = defaultdict[str, list[int]](list)
-    for index, prompt in enumerate(prompts):
-        match = patterns.search(same, prompt)
-        group = match[1] if match else prompt
-        group_of.append(group)
-        members[group].append(index)
-    return lambda index: members[group_of[index]]
-
-
-def edit_starts(prompts: list[str], training: list[str], same: str | None) -> list[str]:
-    """For each prompt, the prompt of the image that an edit to it can start from.
-
-    Args:
-        prompts: Prompts that edits lead to.
-        training: Prompts with an image to start from.
-        same: As for ``related_prompts``.
-
-    Returns:
-        The first related prompt of ``training`` for each of ``prompts``, or the prompt itself if
-        there is none.
-
-    """
-    # Training prompts come first, so the smallest related index is one of them wherever one exists.
-    related = related_prompts([*training, *prompts], same)
-    starts = []
-    for number, prompt in enumerate(prompts):
-        first = min(related(len(training) + number))
-        starts.append(training[first] if first < len(training) else prompt)
-    return starts
 
 
 def inpaint_examples(

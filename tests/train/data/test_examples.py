@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ from hipa_deploy.images.compositing import latent_mask
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.style import Style
 from hipa_deploy.train.data import examples as examples_module
+from hipa_deploy.train.data.edit_prompts import edit_starts, related_prompts
 from hipa_deploy.train.data.examples import (
     TaskExamples,
-    edit_starts,
-    related_prompts,
     task_examples,
 )
 from hipa_deploy.train.data.teacher_pairs import teacher_latents
@@ -154,6 +154,17 @@ def test_edits_start_from_the_same_thing() -> None:
     unknown = ["noto emoji of an unknown thing", "3d emoji of an unknown thing"]
     starts = edit_starts(["twemoji emoji of a grinning face", *unknown], training, r"emoji of (.*)")
     assert starts == ["3d emoji of a grinning face", *unknown]
+
+
+def test_prompts_without_another_are_told(
+    model: DiffusionModel, recipe: Recipe, cache: Path
+) -> None:
+    prompts = read_prompts(recipe, model.folder)
+    edit = of_task(recipe, "edit", strengths=[1.0], same="no prompt has this (.*)")
+    screen = io.StringIO()
+    task_examples(model, edit, prompts, cache=cache, console=Console(file=screen, width=80))
+    told = f"relates {len(prompts)} of {len(prompts)} prompts to no other"
+    assert screen.getvalue().count(told) == 1
 
 
 def test_related_prompts() -> None:
