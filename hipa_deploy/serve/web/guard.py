@@ -116,7 +116,7 @@ class Guard:
 
         """
         headers.check_size()
-        self._check_host(headers)
+        self._check_host(scope, headers)
         self._check_origin(scope, headers)
         self._check_key(scope, headers)
         if self._is_form(headers):
@@ -132,8 +132,12 @@ class Guard:
         # Others have come while this one was read.
         self._check_place()
 
-    def _check_host(self, headers: Headers) -> None:
+    def _check_host(self, scope: Scope, headers: Headers) -> None:
         host = headers.one("host")
+        # Load balancers ask for the health in HTTP/1.0, which needs no Host (HAProxy's httpchk).
+        # The check is against pages under a false name, and every browser sends one.
+        if host is None and scope["path"] in OPEN_PATHS:
+            return
         name = _host_name(host) if host is not None else None
         known = name is not None and (name in self._hosts or _is_number(name))
         if known or ANY in self._hosts:

@@ -80,6 +80,15 @@ def test_hosts(host: str, status: int) -> None:
         assert answer["error"]["code"] == "unknown_host"
 
 
+def test_a_load_balancer_asks_for_the_health_without_a_host() -> None:
+    """As HAProxy's httpchk in HTTP/1.0 does; a name that is given must still be known."""
+    for path in ("/health/live", "/health/ready"):
+        assert ask(Guard(App(), body=1000), {}, method="GET", path=path)[0] == 200
+        evil = {"host": "evil.example"}
+        assert ask(Guard(App(), body=1000), evil, method="GET", path=path)[0] == 421
+    assert ask(Guard(App(), body=1000), {}, method="GET", path="/metrics")[0] == 421
+
+
 def test_names_that_a_request_can_have() -> None:
     check_names(["gpu-box", "GPU.local", "gpu_box.", "*", "192.168.1.2", "[::1]"], [])
     origins = ["https://example.org/", "http://localhost:3000", "http://[::1]:80", "null"]
