@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from importlib.util import find_spec
 
-from hipa_deploy.errors import MissingDependencyError
+from hipa_deploy.errors import HipaError, MissingDependencyError
 
 EXTRAS = {
     "train": (
@@ -15,6 +16,9 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
     "ray": ("ray",),
 }  # fmt: skip
+# The first major version that does not work. pip keeps below it, other installers may not: with
+# transformers 5, LoRAs and embeddings would miss their places in the text encoder.
+_TOO_NEW = {"transformers": 5}
 
 
 def missing(extra: str) -> list[str]:
@@ -22,14 +26,32 @@ def missing(extra: str) -> list[str]:
     return [module for module in EXTRAS[extra] if find_spec(module) is None]
 
 
+def too_new(extra: str) -> list[str]:
+    """Say which packages of ``extra`` are too new, a sentence each; none that are missing."""
+    found = []
+    for package, major in _TOO_NEW.items():
+        if package not in EXTRAS[extra] or find_spec(package) is None:
+            continue
+        installed = version(package)
+        if int(installed.partition(".")[0]) >= major:
+            found.append(
+                f"{package} {installed} is installed. Expected a version below {major}. "
+                f"Run: pip install 'hipa-deploy[{extra}]'"
+            )
+    return found
+
+
 def require(*extras: str) -> None:
-    """Check that every module of some extras is installed.
+    """Check that every module of some extras is installed, in a version that works.
 
     Raises:
         MissingDependencyError: one is not; the message holds the pip command.
+        HipaError: one is too new; the same.
 
     """
     for extra in extras:
         absent = missing(extra)
         if absent:
             raise MissingDependencyError(absent[0], extra)
+        for problem in too_new(extra):
+            raise HipaError(problem)

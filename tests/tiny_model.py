@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.models.clip.tokenization_clip import bytes_to_unicode
+
+from hipa_deploy.models.configurations import _byte_letters
 
 PROMPTS = ["a red apple", "a green pear", "a yellow lemon"]
 
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write CLIP's byte alphabet, inside and at the end of a word, without merges."""
-    letters = list(bytes_to_unicode().values())
+    letters = _byte_letters()
     words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))

@@ -13,7 +13,7 @@ from hipa_deploy import __version__, embedded
 from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.disk.files import check_name
 from hipa_deploy.errors import HipaError
-from hipa_deploy.extras import EXTRAS, missing
+from hipa_deploy.extras import EXTRAS, missing, too_new
 from hipa_deploy.marks.records import Marks
 from hipa_deploy.models.adaptor_folder import WEIGHTS
 
@@ -113,10 +113,10 @@ def _examine_engine(path: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _extra(extra: str) -> str:
-    """'installed', or the missing modules and the command that installs them."""
+    """'installed', or what is missing or too new and the command that installs it."""
     absent = missing(extra)
     if not absent:
-        return "installed"
+        return " ".join(too_new(extra)) or "installed"
     return f"{', '.join(absent)} missing. Run: pip install 'hipa-deploy[{extra}]'"
 
 

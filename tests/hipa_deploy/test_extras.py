@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from hipa_deploy import extras
-from hipa_deploy.errors import MissingDependencyError
+from hipa_deploy.errors import HipaError, MissingDependencyError
 
 
 @pytest.mark.parametrize("extra", extras.EXTRAS)
@@ -22,6 +22,18 @@ def test_a_missing_module_comes_with_the_pip_command(monkeypatch: pytest.MonkeyP
         match=r"peft is not installed. Run: pip install 'hipa-deploy\[train\]'",
     ):
         extras.require("train")
+
+
+@pytest.mark.parametrize("extra", ["train", "export"])
+def test_a_package_that_is_too_new(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras, "version", lambda package: "5.24.0")
+    with pytest.raises(
+        HipaError,
+        match=r"transformers 5.24.0 is installed. Expected a version below 5. Run: pip install",
+    ):
+        extras.require(extra)
+    # Others have no such bound.
+    extras.require("serve")
 
 
 @pytest.mark.parametrize(

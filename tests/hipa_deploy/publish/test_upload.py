@@ -54,7 +54,9 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = self.path.partition("?")[0]
         if path == "/api/repos/create":
-            self.server.private = json.loads(body).get("private")
+            # From 1.0 on huggingface_hub has a word for it.
+            wanted = json.loads(body)
+            self.server.private = wanted.get("private", wanted.get("visibility") == "private")
             self.answer({"url": f"{ENDPOINT}/me/one-step"})
         elif path.endswith("/validate-yaml"):
             self.answer({"errors": [], "warnings": []})
