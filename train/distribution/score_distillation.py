@@ -15,7 +15,8 @@ factor for each timestep::
 The fake score is an adaptor of its own, as in ProlificDreamer, SwiftBrush and WaDi (2603.08258); it
 learns to predict the noise in the student's images. Nothing is decoded, and no images are needed
 beside the student's. 'Guidance below a timestep' is that of 1.x-Distill (2604.04018): guidance at
-high noise picks the modes before there is an image.
+high noise picks the modes before there is an image. Without a fake score what is left is guidance,
+the part of the gradient that drives: 'CFG augmentation' of Decoupled DMD (2511.22677).
 
 Shape suffixes: B rows of a batch, T timesteps, C latent channels, H W latent size.
 """
@@ -43,7 +44,8 @@ class ScoreDistillation:
     Args:
         settings: Guidance and form of the gradient.
         teacher: The frozen model.
-        fake: The model of the student's images.
+        fake: The model of the student's images. None: the frozen model without guidance stands
+            for it, and the gradient is guidance alone.
         guidance: Of the teacher, if the settings have none of their own.
         alpha_bar_T: Cumulative signal power of every timestep.
         prediction_type: What both predict: epsilon, v_prediction or sample.
@@ -63,7 +65,7 @@ class ScoreDistillation:
         self,
         settings: ScoreSettings,
         teacher: Predict,
-        fake: Predict,
+        fake: Predict | None,
         *,
         guidance: float,
         alpha_bar_T: Tensor,
@@ -93,10 +95,10 @@ class ScoreDistillation:
         """
         alpha_bar_B111 = self._alpha_bar(timestep_B)
         z_BCHW = noised(x0_BCHW, alpha_bar_B111, noise_BCHW)
-        output = self.fake(z_BCHW, timestep_B, conditions)
+        unguided, guided = self._teacher_outputs(z_BCHW, timestep_B, conditions)
+        output = unguided if self.fake is None else self.fake(z_BCHW, timestep_B, conditions)
         fake_BCHW = predict_x0(z_BCHW, output, alpha_bar_B111, self.prediction_type)
-        output = self._guided(z_BCHW, timestep_B, conditions)
-        teacher_BCHW = predict_x0(z_BCHW, output, alpha_bar_B111, self.prediction_type)
+        teacher_BCHW = predict_x0(z_BCHW, guided, alpha_bar_B111, self.prediction_type)
 
         difference: Tensor = fake_BCHW - teacher_BCHW
         if self.settings.gradient == "noise":
@@ -116,23 +118,28 @@ class ScoreDistillation:
             noise_BCHW: As for ``gradient``.
 
         """
+        assert self.fake is not None  # ScoreSettings.learns
         alpha_bar_B111 = self._alpha_bar(timestep_B)
         z_BCHW = noised(x0_BCHW, alpha_bar_B111, noise_BCHW)
         output = self.fake(z_BCHW, timestep_B, conditions).float()
         target = prediction_target(x0_BCHW, alpha_bar_B111, noise_BCHW, self.prediction_type)
         return F.mse_loss(output, target)
 
-    def _guided(self, z_BCHW: Tensor, timestep_B: Tensor, conditions: Conditions) -> Tensor:
-        """The teacher's prediction with guidance; both prompts go through it as one batch."""
+    def _teacher_outputs(
+        self, z_BCHW: Tensor, timestep_B: Tensor, conditions: Conditions
+    ) -> tuple[Tensor, Tensor]:
+        """The teacher's prediction without guidance and with it; both prompts are one batch."""
         if self.guidance == 1:
-            return self.teacher(z_BCHW, timestep_B, conditions).float()
+            output = self.teacher(z_BCHW, timestep_B, conditions).float()
+            return output, output
         both = joined_rows([self.unguided.repeated(len(conditions)), conditions])
         twice_z = torch.cat([z_BCHW, z_BCHW])
         output = self.teacher(twice_z, torch.cat([timestep_B, timestep_B]), both).float()
         unconditional, conditional = output.chunk(2)
         is_guided_B = timestep_B < self.settings.guidance_below
         guidance_B = torch.where(is_guided_B, self.guidance, 1.0)
-        return unconditional + guidance_B.view(-1, 1, 1, 1) * (conditional - unconditional)
+        towards = guidance_B.view(-1, 1, 1, 1) * (conditional - unconditional)
+        return conditional, unconditional + towards
 
     def _alpha_bar(self, timestep_B: Tensor) -> Tensor:
         return self.alpha_bar_T[timestep_B].view(-1, 1, 1, 1)

@@ -108,11 +108,12 @@ class DistributionTerms:
         precision = "no" if recipe.mixed_precision == "fp16" else recipe.mixed_precision
         self._maps = in_precision(partial(encoder_maps, unet), precision, device, emulated=emulated)
         if recipe.score.weight:
-            add_fake_score(unet, recipe.score.rank, recipe.seed)
+            if recipe.score.learns:
+                add_fake_score(unet, recipe.score.rank, recipe.seed)
             self.score = ScoreDistillation(
                 recipe.score,
                 self._teacher,
-                self._predict,
+                self._predict if recipe.score.learns else None,
                 guidance=recipe.teacher.guidance,
                 alpha_bar_T=alpha_bar_T,
                 prediction_type=prediction_type,
@@ -127,8 +128,8 @@ class DistributionTerms:
 
     @property
     def fake_weights(self) -> dict[str, nn.Parameter]:
-        """The fake score's weights by name; none without score distillation."""
-        return fake_weights(self.unet) if self.score else {}
+        """The fake score's weights by name; none without one."""
+        return fake_weights(self.unet) if self.recipe.score.learns else {}
 
     @property
     def head_weights(self) -> dict[str, nn.Parameter]:
@@ -178,7 +179,7 @@ class DistributionTerms:
 
     def remember(self, latents_BCHW: Tensor, conditions: Conditions, rows: Tensor) -> None:
         """Keep the student's latents of these rows for the fake score, if there is one."""
-        if self.score is not None:
+        if self.recipe.score.learns:
             self._made[_key(rows)] = (latents_BCHW, conditions)
 
     @property

@@ -39,7 +39,7 @@ def new_optimizer(
         judges += distribution.head_weights.values()
     if judges:
         groups.append({"params": judges, "betas": (0.0, 0.99), "weight_decay": 0.0})
-    if distribution is not None and distribution.score is not None:
+    if distribution is not None and distribution.fake_weights:
         fake_group = {
             "params": list(distribution.fake_weights.values()),
             "weight_decay": 0.0,

@@ -206,7 +206,7 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
             step=training.batch_cost(processes, decoded=True),
             count_memory=count_memory,
             target=training.target_cost(processes) if decodes_targets else None,
-            fake=training.fake_cost(processes) if recipe.score.weight else None,
+            fake=training.fake_cost(processes) if recipe.score.learns else None,
             held_out=training.held_out_cost() if recipe.held_out.prompts else None,
             square=crop and crop * model.config.vae_factor,
         )
@@ -242,7 +242,7 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         "warm-up step": lambda: training.step(recipe.batch, decoded=False),
         "step": lambda: training.step(recipe.batch, decoded=True),
     }
-    if recipe.score.weight:
+    if recipe.score.learns:
         calls["fake score"] = lambda: training.fake_steps(recipe.batch)
     if recipe.held_out.prompts:
         calls["held-out rows"] = lambda: training.measure_rows(recipe.held_out_rows)

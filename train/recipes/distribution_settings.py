@@ -45,11 +45,17 @@ class ScoreSettings(_NoisedSettings):
     end."""
     learning_rate: float = Field(1e-3, gt=0, le=1)
     """Learning rate of the second adaptor, which is constant."""
-    steps: int = Field(1, ge=1, le=100)
-    """Steps of the second adaptor for each step of the student."""
+    steps: int = Field(1, ge=0, le=100)
+    """Steps of the second adaptor for each step of the student. With 0 there is none: the frozen
+    model without guidance stands for the student's score, and the gradient is guidance alone."""
     delay: int = Field(0, ge=0, le=10_000_000)
     """Steps after the latent warm-up in which the second adaptor learns and the student does not
     follow it yet."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether there is a second adaptor."""
+        return bool(self.weight and self.steps)
 
 
 class LatentDiscriminatorSettings(_NoisedSettings):

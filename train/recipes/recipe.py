@@ -301,6 +301,17 @@ class Recipe(_TrainingSettings):
         return self
 
     @model_validator(mode="after")
+    def _guidance_alone_needs_guidance(self) -> Recipe:
+        score = self.score
+        guidance = self.teacher.guidance if score.guidance is None else score.guidance
+        if score.weight and not score.learns and guidance == 1:
+            raise ValueError(
+                "score.steps = 0 leaves guidance alone, and the guidance is 1: expected "
+                "score.guidance above 1, or steps of at least 1"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _crops_are_of_the_teachers_images(self) -> Recipe:
         # The other tasks compare with images that the decoder did not make.
         if self.decode_crop is not None and self.task not in CROPPED:

@@ -144,6 +144,23 @@ def test_guidance_is_used_below_its_timestep_alone() -> None:
     torch.testing.assert_close(gradient[1], torch.full((1, 2, 2), 1.0))
 
 
+@pytest.mark.parametrize("gradient", ["dmd", "noise"])
+def test_guidance_alone_is_the_gradient_against_the_frozen_model(gradient: str) -> None:
+    def teacher(z: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        shift = conditions.context_BLD.view(-1, 1, 1, 1)
+        return gaussian_model(0.0, 1.0)(z, timestep, conditions) + shift
+
+    x0, noise = torch.randn(2, 2, 1, 2, 2)
+    given = (x0, conditions_of(2), torch.tensor([0, 2]), noise)
+    settings = {"gradient": gradient, "guidance_below": 2}
+    alone = distillation(teacher, None, guidance=3.0, **settings).gradient(*given)
+    frozen = distillation(teacher, teacher, guidance=3.0, **settings).gradient(*given)
+    torch.testing.assert_close(alone, frozen)
+    # Above the timestep there is no guidance, and nothing is left.
+    assert alone[0].any()
+    assert not alone[1].any()
+
+
 def test_without_guidance_the_empty_prompt_costs_nothing() -> None:
     calls: list[Tensor] = []
     teacher = gaussian_model(0.0, 1.0, calls)

@@ -148,6 +148,27 @@ def test_each_term_changes_what_is_learned_and_is_reported(
         assert f"  {name} " in lines.getvalue()
 
 
+def test_guidance_alone_needs_no_second_adaptor(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    alone = changed(recipe, score={"weight": 1.0, "guidance": 4.0, "steps": 0})
+    lines = io.StringIO()
+    shown = Console(file=lines, width=250)
+    got = train(alone, model_dir, tmp_path / "alone", cache, shown)
+    assert "  score " in lines.getvalue()
+    assert "fake_score" not in lines.getvalue()
+    state = torch.load(tmp_path / "alone.run" / "state.pt", weights_only=True)["weights"]
+    assert not [name for name in state if ".fake." in name]
+
+    # A fake score that hardly learns is the frozen model.
+    still = {"weight": 1.0, "guidance": 4.0, "learning_rate": 1e-12}
+    expected = train(changed(recipe, score=still), model_dir, tmp_path / "still", cache)
+    plain = train(recipe, model_dir, tmp_path / "plain", cache)
+    nearest = max((weight - expected[name]).abs().max() for name, weight in got.items())
+    away = max((weight - plain[name]).abs().max() for name, weight in got.items())
+    assert nearest < 1e-3 < 1e-2 < away
+
+
 def test_weights_of_zero_make_the_training_that_was(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
 ) -> None:
@@ -353,6 +374,8 @@ def test_what_a_model_cannot_have_is_refused(
 def test_settings_that_contradict_each_other_are_refused(both: Recipe) -> None:
     with pytest.raises(ValueError, match="expected the first timestep, then the last"):
         changed(both, score={"weight": 1, "timesteps": [30, 20]})
+    with pytest.raises(ValueError, match=r"leaves guidance alone, and the guidance is 1"):
+        changed(both, score={"weight": 1, "steps": 0, "guidance": 1.0})
     with pytest.raises(ValueError, match="real_images needs a weight above 0"):
         changed(both, latent_discriminator={"real_images": "photos"})
 
