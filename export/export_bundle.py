@@ -54,6 +54,7 @@ from hipa_deploy.export.references import (
 from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.teacher.teacher_stage import write_teacher
 from hipa_deploy.export.writer import StageWriter
+from hipa_deploy.extras import require
 from hipa_deploy.generate.prompts import BAKED_CONDITIONING, BAKED_POOLED, TOKENIZER_2
 from hipa_deploy.generate.stages import join_context
 from hipa_deploy.marks.safety import SAFETY_STAGE
@@ -89,6 +90,7 @@ def export_bundle(options: ExportOptions, console: Console | None = None) -> Bun
         ['text_encoder', 'unet', 'vae_decoder']
 
     """
+    require("export")
     check_request(options)
     return export_checked(options, console)
 

@@ -361,7 +361,7 @@ def _least_bytes(options: ExportOptions, model: ModelParts) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class SwapOptions:
-    """Which adaptor to export for which bundle.
+    """Which adaptor to export for which bundle. Paths may be text.
 
     Attributes:
         model: the base model that the bundle was exported from.

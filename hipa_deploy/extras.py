@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from hipa_deploy.errors import HipaError, MissingDependencyError
@@ -32,7 +32,10 @@ def too_new(extra: str) -> list[str]:
     for package, major in _TOO_NEW.items():
         if package not in EXTRAS[extra] or find_spec(package) is None:
             continue
-        installed = version(package)
+        try:
+            installed = version(package)
+        except PackageNotFoundError:  # a checkout on PYTHONPATH: nobody knows its version
+            continue
         if int(installed.partition(".")[0]) >= major:
             found.append(
                 f"{package} {installed} is installed. Expected a version below {major}. "

@@ -28,6 +28,7 @@ from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.captions import captioned_sha256
 from hipa_deploy.train.data.crops import check_crop, crop_corners, cropped
+from hipa_deploy.train.data.edit_prompts import check_related
 from hipa_deploy.train.data.examples import TaskExamples, task_examples
 from hipa_deploy.train.data.source_images import real_latents
 from hipa_deploy.train.data.teacher_pairs import RowFunction, rows_at_once
@@ -61,7 +62,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     without_adaptor,
 )
 from hipa_deploy.train.recipes.recipe import Recipe, held_out_prompts, read_prompts, source_prompts
-from hipa_deploy.train.training_request import check_held_out, trained_prompts
+from hipa_deploy.train.training_request import check_held_out, trained_prompts, with_captions
 
 
 @one_run_at_a_time
@@ -142,6 +143,8 @@ def train_adaptor(
         console.print(slow)
     check_crop(recipe.decode_crop, model.latent_shape_CHW)
     prompts = read_prompts(recipe, model_dir)
+    if recipe.task == "edit":
+        check_related(with_captions(recipe, prompts), recipe.source.same)
     check_held_out(recipe, model.config)
     unseen_prompts = held_out_prompts(recipe, model_dir, trained_prompts(recipe, prompts))
     metadata = _metadata(recipe, model, prompts)

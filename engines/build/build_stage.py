@@ -153,9 +153,14 @@ class StageBuild:
         graph = StageGraph.read(self.bundle, self.stage)
         facts = build_facts(self.bundle, self.stage, self.key, graph.graph)
         path = self._up_to_date(self._start(facts))
-        if path is None or not self._is_chosen(path):
+        if path is None:
             return None
-        return BuiltEngine(self.stage, engine_path(path), read_sidecar(path), up_to_date=True)
+        sidecar = read_sidecar(path)
+        # Of those that run on the same GPU it must be the one that does.
+        for rival, other in self._sidecars().items():
+            if _place_of(other.key) == _place_of(sidecar.key):
+                return self._up_to_date_engine(path, sidecar) if rival == path else None
+        return None
 
     def run(self) -> BuiltEngine:
         """Build the engine, or find one that is up to date and right.
@@ -236,14 +241,18 @@ class StageBuild:
                 sidecar = _checked(sidecar, check)
                 _write(path, sidecar)
         sidecar = self._choose(path, sidecar)
+        return self._up_to_date_engine(path, sidecar)
+
+    def _up_to_date_engine(self, path: Path, sidecar: Sidecar) -> BuiltEngine:
         return BuiltEngine(self.stage, engine_path(path), sidecar, up_to_date=True)
 
-    def _is_chosen(self, path: Path) -> bool:
-        return next(iter(find_sidecars(self.bundle, self.stage, self.key.flavour))) == path
+    def _sidecars(self) -> dict[Path, Sidecar]:
+        """Those of this stage's engines, the one that was chosen last first."""
+        return find_sidecars(self.bundle, self.stage, self.key.flavour, skip_damaged=True)
 
     def _choose(self, path: Path, sidecar: Sidecar) -> Sidecar:
         """Note that this engine was asked for last: of several that fit, that one runs."""
-        if self._is_chosen(path):
+        if sidecar.chosen_at is not None and next(iter(self._sidecars())) == path:
             return sidecar
         sidecar = sidecar.model_copy(update={"chosen_at": time.time()})
         _write(path, sidecar)
@@ -433,6 +442,11 @@ def _has(sidecar: Sidecar, start: Repairs) -> bool:
     if not wanted <= had:
         return False
     return had == wanted or bool(sidecar.attempts)
+
+
+def _place_of(key: EngineKey) -> EngineKey:
+    """What decides where an engine runs: engines of one place take it from one another."""
+    return key.repaired(Repairs()).model_copy(update={"options": BuildOptions()})
 
 
 def _checked(sidecar: Sidecar, check: EngineCheck) -> Sidecar:

@@ -93,7 +93,7 @@ def rebuild_command(
 
 
 def open_engine(bundle: Bundle, stage: str, backend: str) -> Runner:
-    """Load the newest engine of ``stage`` that fits this device.
+    """Load the engine of ``stage`` that fits this device and was chosen last.
 
     Raises:
         MissingDependencyError: the backend's TensorRT library, or cuda-python, is not installed.
@@ -105,7 +105,7 @@ def open_engine(bundle: Bundle, stage: str, backend: str) -> Runner:
 
 
 def open_engines(bundle: Bundle, stages: Iterable[str], backend: str) -> TensorRTRunner:
-    """Load the newest fitting engine of each of ``stages``, which run in this order on one stream.
+    """Load a fitting engine of each of ``stages``, which run in this order on one stream.
 
     Raises:
         MissingDependencyError: as ``open_engine``.
@@ -128,7 +128,7 @@ def open_engines(bundle: Bundle, stages: Iterable[str], backend: str) -> TensorR
 def fitting_engines(
     bundle: Bundle, stages: Iterable[str], library: TensorRTLibrary
 ) -> dict[str, Path]:
-    """The sidecar of the newest engine of each stage that fits this device, its engine checked.
+    """The sidecar of each stage's engine that fits this device, its engine checked.
 
     Every engine is found and checked before a caller loads the first, which takes seconds.
 
@@ -157,7 +157,7 @@ def fitting_engines(
 def select_engine(
     bundle: Bundle, stage: str, library: TensorRTLibrary, version: str, gpu: Gpu
 ) -> Path:
-    """The sidecar of the newest engine whose key fits ``gpu`` and this ``version`` of the library.
+    """The sidecar of the engine whose key fits ``gpu`` and this ``version``, and was chosen last.
 
     Raises:
         HipaError: the stage has no engine, or none that fits: the message names what differs in the
@@ -176,7 +176,7 @@ def select_engine(
         here = key_here(sidecar.key, bundle, stage, version, gpu)
         differing[path] = differences(sidecar.key, here)
 
-    # The newest of those that differ least: ``min`` keeps the first, and the newest come first.
+    # ``min`` keeps the first of those that differ least: the one that was chosen last.
     best = min(differing, key=lambda path: len(differing[path]))
     if differing[best]:
         remedy = rebuild_command(bundle.root, library, sidecars[best].key.options)

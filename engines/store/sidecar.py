@@ -132,11 +132,11 @@ class Sidecar(Record):
 
     ``candidates_ms`` is the median latency of every build with ``--best-of``, the fastest kept.
     ``activation_bytes`` is what TensorRT says its activations take, None where no GPU loaded it.
-    ``chosen_at`` is when a build last made this engine or found it up to date, in seconds since
-    1970. These two, ``check``, ``attention``, ``attempts`` and ``remedies`` are absent in files of
-    older versions. ``attempts`` has the builds that failed their gate before this one, and this
-    one; it is empty without any. ``remedies`` are those of known faults that are among the key's
-    repairs.
+    ``chosen_at`` is when a build made this engine, or found it up to date where another would have
+    run, in seconds since 1970. These two, ``check``, ``attention``, ``attempts`` and ``remedies``
+    are absent in files of older versions. ``attempts`` has the builds that failed their gate before
+    this one, and this one; it is empty without any. ``remedies`` are those of known faults that are
+    among the key's repairs.
     """
 
     schema_version: Literal[1] = 1
@@ -189,11 +189,19 @@ def read_sidecar(path: Path) -> Sidecar:
         ) from None
 
 
-def find_sidecars(bundle: Bundle, stage: str, library: TensorRTLibrary) -> dict[Path, Sidecar]:
+def find_sidecars(
+    bundle: Bundle, stage: str, library: TensorRTLibrary, *, skip_damaged: bool = False
+) -> dict[Path, Sidecar]:
     """The sidecars of a stage's engines by path, the one that was chosen last first.
 
-    A file of an older version does not say when: then the time of its last change counts, which a
-    copy of the bundle does not keep.
+    A file of an older version does not say when it was chosen, and comes behind those that do.
+    Among such files the time of the last change counts, which a copy of the bundle does not keep.
+
+    Args:
+        bundle: the bundle.
+        stage: the stage's name.
+        library: 'rtx' or 'tensorrt'.
+        skip_damaged: leave out what cannot be read.
 
     Raises:
         HipaError: a sidecar cannot be read.
@@ -201,11 +209,16 @@ def find_sidecars(bundle: Bundle, stage: str, library: TensorRTLibrary) -> dict[
     """
     sidecars = {}
     for path in (bundle.root / FOLDER).glob(f"{library}-*/{stage}-*.json"):
-        inside_path = inside(bundle.root, path.relative_to(bundle.root).as_posix())
-        sidecars[inside_path] = read_sidecar(inside_path)
+        try:
+            inside_path = inside(bundle.root, path.relative_to(bundle.root).as_posix())
+            sidecars[inside_path] = read_sidecar(inside_path)
+        except HipaError:
+            if not skip_damaged:
+                raise
 
-    def chosen_at(path: Path) -> float:
-        return sidecars[path].chosen_at or path.stat().st_mtime
+    def chosen_at(path: Path) -> tuple[bool, float]:
+        noted = sidecars[path].chosen_at
+        return noted is not None, path.stat().st_mtime if noted is None else noted
 
     # By name where the times are equal, so that every machine takes the same one.
     paths = sorted(sorted(sidecars), key=chosen_at, reverse=True)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 from hipa_deploy.disk.files import check_writable
 from hipa_deploy.disk.locks import locked
+from hipa_deploy.extras import require
 from hipa_deploy.train.loop.output import LOCK, check_output, check_run_folder, run_folder
 from hipa_deploy.train.loop.processes import Processes
 
@@ -27,6 +28,7 @@ def one_run_at_a_time(train: Train) -> Train:
 
     @wraps(train)
     def alone(recipe: Any, model_dir: str | Path, out: str | Path, **more: Any) -> Path:
+        require("train")
         out = Path(out)
         check_output(out, recipe)
         processes = Processes.join(recipe, more.get("device"))

@@ -47,10 +47,11 @@ class ScoreSettings(_NoisedSettings):
     """Learning rate of the second adaptor, which is constant."""
     steps: int = Field(1, ge=0, le=100)
     """Steps of the second adaptor for each step of the student. With 0 there is none: the frozen
-    model without guidance stands for the student's score, and the gradient is guidance alone."""
+    model without guidance stands for the student's score, and the gradient is guidance alone.
+    Rank and learning rate then have no effect."""
     delay: int = Field(0, ge=0, le=10_000_000)
-    """Steps after the latent warm-up in which the second adaptor learns and the student does not
-    follow it yet."""
+    """Steps after the latent warm-up in which the second adaptor learns, if there is one, and the
+    student does not follow yet."""
 
     @property
     def learns(self) -> bool:

@@ -303,11 +303,19 @@ class Recipe(_TrainingSettings):
     @model_validator(mode="after")
     def _guidance_alone_needs_guidance(self) -> Recipe:
         score = self.score
+        if score.learns or not score.weight:
+            return self
         guidance = self.teacher.guidance if score.guidance is None else score.guidance
-        if score.weight and not score.learns and guidance == 1:
+        if guidance == 1:
             raise ValueError(
                 "score.steps = 0 leaves guidance alone, and the guidance is 1: expected "
                 "score.guidance above 1, or steps of at least 1"
+            )
+        if score.guidance_below <= score.timesteps[0]:
+            raise ValueError(
+                f"score.steps = 0 leaves guidance alone, which score.guidance_below = "
+                f"{score.guidance_below} switches off: expected more than score.timesteps' first, "
+                f"{score.timesteps[0]}"
             )
         return self
 

@@ -76,8 +76,9 @@ def log(event: str, level: int = logging.INFO, **facts: Any) -> None:
 class RequestLog:
     """Counts and logs every request; the outermost layer.
 
-    Its line is written ``_LATER`` seconds after the answer, or when the event loop ends: writing
-    takes a tenth of a millisecond, for which the client's next request would wait.
+    Its line is written ``_LATER`` seconds after the answer, or when the event loop ends, and has
+    that time: writing takes a tenth of a millisecond, for which the client's next request would
+    wait.
 
     Args:
         app: the guard and the application.
@@ -151,9 +152,11 @@ class RequestLog:
 
     def _write_later(self, facts: dict[str, Any]) -> None:
         self._ended.append(facts)
-        if len(self._ended) == 1:
+        loop = asyncio.get_running_loop()
+        writer = self._writer
+        if writer is None or writer.done() or writer.get_loop() is not loop:
             # A task and no timer: when a loop ends, its tasks are cancelled and still run.
-            self._writer = asyncio.create_task(self._write())
+            self._writer = loop.create_task(self._write())
 
     async def _write(self) -> None:
         try:

@@ -85,9 +85,21 @@ def test_what_is_up_to_date_may_be_read_only(make_bundle, monkeypatch):
     # Root may write to every folder, so the system's answer is invented.
     monkeypatch.setattr(build_module.os, "access", lambda path, mode: False)
     monkeypatch.setattr(build_module, "locked", refuse)
-    assert build(bundle, target="rtx40") == [dataclasses.replace(built, up_to_date=True)]
+    again = [dataclasses.replace(built, up_to_date=True)]
+    assert build(bundle, target="rtx40") == again
     with pytest.raises(AssertionError, match="is written"):
         build(bundle, target="rtx50")
+
+    # Engines for another GPU are no rivals, whole or damaged.
+    monkeypatch.undo()
+    (other,) = build(bundle, target="rtx50")
+    other.path.with_suffix(".json").write_text("{}")
+    assert build(bundle, target="rtx40") == again
+    build(bundle, target="rtx50", force=True)
+    monkeypatch.setattr(build_module.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(build_module, "locked", refuse)
+    assert build(bundle, target="rtx40") == again
+    assert build(bundle, target="rtx50")[0].up_to_date
 
 
 def test_options_reach_the_builder_and_the_key(make_bundle):

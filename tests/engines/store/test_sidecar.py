@@ -37,6 +37,17 @@ def test_a_copy_of_the_bundle_keeps_which_engine_was_chosen(make_bundle):
             os.utime(older)
 
 
+def test_a_file_that_says_nothing_comes_behind_one_that_was_chosen(make_bundle):
+    """A copy gives it the time of the copy."""
+    bundle = make_bundle(stages=("unet",))
+    chosen = put_engine(bundle)
+    old = put_engine(bundle, tensorrt="11.4")
+    sidecar = read_sidecar(chosen).model_copy(update={"chosen_at": 1.0})
+    chosen.write_text(sidecar.model_dump_json())
+    os.utime(old)
+    assert list(find_sidecars(bundle, "unet", "tensorrt")) == [chosen, old]
+
+
 @pytest.mark.parametrize("content", [CONTENT[:-1], b"an engin?"])
 def test_a_damaged_engine_is_not_deserialised(make_bundle, on_orin, content):
     bundle = make_bundle(stages=("unet",))

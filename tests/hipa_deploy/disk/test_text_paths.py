@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_request import SwapOptions
 from hipa_deploy.models.style import EmbeddingChoice, LoraChoice
@@ -21,5 +22,7 @@ def test_paths_of_options_may_be_text() -> None:
 
 
 def test_a_field_without_a_path_is_an_error_of_the_caller() -> None:
+    with pytest.raises(HipaError, match=r"adaptor is empty\. Expected a path"):
+        ExportOptions(model="emoji", out="bundle", adaptor="")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         ExportOptions(model="emoji", out=None)  # type: ignore[arg-type]

@@ -376,6 +376,9 @@ def test_settings_that_contradict_each_other_are_refused(both: Recipe) -> None:
         changed(both, score={"weight": 1, "timesteps": [30, 20]})
     with pytest.raises(ValueError, match=r"leaves guidance alone, and the guidance is 1"):
         changed(both, score={"weight": 1, "steps": 0, "guidance": 1.0})
+    late = {"weight": 1, "steps": 0, "timesteps": [200, 980], "guidance_below": 200}
+    with pytest.raises(ValueError, match=r"score\.guidance_below = 200 switches off"):
+        changed(both, score=late | {"guidance": 3.0})
     with pytest.raises(ValueError, match="real_images needs a weight above 0"):
         changed(both, latent_discriminator={"real_images": "photos"})
 
