@@ -55,6 +55,7 @@ from hipa_deploy.export.references import (
 )
 from hipa_deploy.export.task import TaskSettings, print_warning
 from hipa_deploy.export.writer import StageWriter
+from hipa_deploy.extras import require
 from hipa_deploy.generate.stages import along_path, join_context, stage_feed
 from hipa_deploy.models.style import StyleInfo
 
@@ -79,6 +80,7 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
         'unet'
 
     """
+    require("export")
     check_swap_request(options)
     request = resolve_swap_request(options)
     bundle = request.bundle

@@ -156,11 +156,10 @@ class StageBuild:
         if path is None:
             return None
         sidecar = read_sidecar(path)
+        place = _place_of(sidecar.key)
+        rivals = [other for other, its in self._sidecars().items() if _place_of(its.key) == place]
         # Of those that run on the same GPU it must be the one that does.
-        for rival, other in self._sidecars().items():
-            if _place_of(other.key) == _place_of(sidecar.key):
-                return self._up_to_date_engine(path, sidecar) if rival == path else None
-        return None
+        return self._up_to_date_engine(path, sidecar) if rivals[:1] == [path] else None
 
     def run(self) -> BuiltEngine:
         """Build the engine, or find one that is up to date and right.

@@ -299,8 +299,13 @@ class ImageService:
 
         def begin(made: Future[list[MadeImage]]) -> None:
             # A work is cancelled when nobody waits for its files either.
-            if not made.cancelled():
+            if made.cancelled():
+                return
+            try:
                 self._threads.submit(fill, made)
+            except RuntimeError as error:  # the system starts no thread
+                if files.set_running_or_notify_cancel():
+                    files.set_exception(error)
 
         work.done.add_done_callback(begin)
         return files

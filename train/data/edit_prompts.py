@@ -16,7 +16,7 @@ def check_related(prompts: list[str], same: str | None) -> None:
         HipaError: no two different prompts are related, so that every edit would lead back.
 
     """
-    if same is None or count_alone(prompts, same) < len(prompts):
+    if same is None or count_alone(prompts, related_prompts(prompts, same)) < len(prompts):
         return
     raise HipaError(
         f"recipe: source.same = {same!r} relates no prompt to another one, so that no edit changes "
@@ -25,15 +25,14 @@ def check_related(prompts: list[str], same: str | None) -> None:
     )
 
 
-def count_alone(prompts: list[str], same: str | None) -> int:
+def count_alone(prompts: list[str], related: Callable[[int], list[int]]) -> int:
     """How many prompts are related to no other text.
 
     Args:
         prompts: As for ``related_prompts``.
-        same: As for ``related_prompts``.
+        related: What ``related_prompts`` returns for them.
 
     """
-    related = related_prompts(prompts, same)
     alone = 0
     seen: dict[int, bool] = {}
     for index, prompt in enumerate(prompts):

@@ -322,7 +322,7 @@ def choose_edits(
     """
     settings = recipe.source
     related = related_prompts(prompts, settings.same)
-    alone = count_alone(prompts, settings.same) if settings.same else 0
+    alone = count_alone(prompts, related) if settings.same else 0
     if alone:
         screen = console or Console(stderr=True)
         screen.print(

@@ -89,3 +89,18 @@ def test_slow_work_in_a_thread_is_answered_within_the_time_limit(
             assert waiting(service) == 0
         finally:
             go_on.set()
+
+
+def test_a_system_that_starts_no_thread_is_answered_at_once(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with serving(bundles["tiny"], Limits(seconds=WAIT)) as service:
+        monkeypatch.setattr(service._threads, "submit", submit)
+        started = time.perf_counter()
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            deliver(service)
+        assert time.perf_counter() - started < WAIT / 2
+        assert waiting(service) == 0
