@@ -334,20 +334,43 @@ async function start() {
   onKeyNeeded(askForKey);
   // A phone has room for the prompt and the image; the settings are one touch away.
   byId("settings").open = matchMedia("(min-width: 60rem)").matches;
+  let problem = await meetService();
+  // Old images can be seen without a service. One that comes back needs the models of its form.
+  await history.load();
+  if (problem) {
+    showError(problem);
+    tryAgain = () => location.reload();
+  }
+  while (problem?.code === "unreachable") {
+    service("down");
+    await pause();
+    problem = await meetService();
+  }
+  if (problem) {
+    service("down", "Not connected");
+    showError(problem);
+    return;
+  }
+  hideError();
+  tryAgain = makeNow;
+  if (byId("settings").open) form.prompt.focus();
+  await untilReady();
+}
+
+/** Learn what the service offers; give the error where it does not say. */
+async function meetService() {
   try {
     about = await getJson("page/about");
     await offerModels();
   } catch (error) {
-    service("down", error.code === "unreachable" ? undefined : "Not connected");
-    showError(error);
-    byId("retry").addEventListener("click", () => location.reload(), { once: true });
-    await history.load(); // old images can be seen without a service
-    return;
+    return error;
   }
-  // Not before: an image that comes back needs the models of its form.
-  await history.load();
-  if (byId("settings").open) form.prompt.focus();
-  await untilReady();
+  return null;
+}
+
+/** The time between two questions whether the service is there, or ready. */
+function pause() {
+  return new Promise((resolve) => setTimeout(resolve, 1000));
 }
 
 async function offerModels() {
@@ -366,7 +389,7 @@ async function untilReady() {
   let answers = true;
   while (!form.models.every((model) => model.ready)) {
     if (answers) service("loading", "Loading the models…");
-    await new Promise((resolve) => setTimeout(resolve, 1000));
+    await pause();
     try {
       const { models } = await getJson("hipa/models");
       form.models = models;

@@ -159,6 +159,27 @@ def test_a_service_that_ends_while_it_loads(page: Any, server: Server) -> None:
     page.wait_for_selector("#service[data-state=ready]")
 
 
+def test_a_service_that_comes_late_is_met_without_a_reload(page: Any) -> None:
+    is_there = False
+
+    def answer(route: Any) -> None:
+        if is_there:
+            route.continue_()
+        else:
+            route.abort()
+
+    page.route("**/page/about", answer)
+    page.reload()
+    page.wait_for_selector("#service[data-state=down]")
+    assert "does not answer" in error_of(page)
+    is_there = True
+    page.wait_for_selector("#service[data-state=ready]")
+    page.wait_for_selector("#error", state="hidden")
+    page.fill("#prompt", PROMPT)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#history button")
+
+
 def test_what_is_asked_while_the_models_load_is_made_when_they_have(page: Any) -> None:
     """The refusal is the service's own, but for its five seconds: a model may take minutes."""
     refusal = {"message": "The service is loading its models.", "code": "not_ready"}
