@@ -27,6 +27,7 @@ from hipa_deploy.images.source import Source, Upscaling, edit_source, inpaint_so
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.marks.marker import encode_marked, require_signer
 from hipa_deploy.serve.batcher import Batcher, Work
+from hipa_deploy.serve.file_wait import FileWait
 from hipa_deploy.serve.image_files import BEST, Format, mask_of_alpha, open_upload
 from hipa_deploy.serve.serve_metrics import ServeMetrics
 from hipa_deploy.serve.served import Model, Models
@@ -319,20 +320,17 @@ class ImageService:
         gone: Callable[[], Awaitable[None]],
     ) -> _Files:
         """The files of a work; it is cancelled when nobody waits for it any more."""
-        waiting = asyncio.wrap_future(files)
-        leaving = asyncio.ensure_future(gone())
+        wait = FileWait(files, gone, self._left(started))
         try:
-            left = self._left(started)
-            either: set[asyncio.Future[Any]] = {waiting, leaving}
-            await asyncio.wait(either, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if waiting.done():
-                return waiting.result()
-            raise GoneError if leaving.done() else TimeLimitError
+            await wait.ended
+            if files.done():
+                return files.result()
+            raise GoneError if wait.has_left else TimeLimitError
         finally:
-            leaving.cancel()
-            if not waiting.done():
+            wait.close()
+            if not files.done():
                 # Files that no thread has begun are never made.
-                waiting.cancel()
+                files.cancel()
                 batcher.cancel(work)
 
 
