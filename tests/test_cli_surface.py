@@ -20,12 +20,14 @@ else:
 ROOT = Path(__file__).parents[1]
 SURFACE = {
     "train": {
-        "--out", "--recipe", "--model", "--config", "--prompts", "--from", "--adaptor", "--steps",
+        "--out", "--recipe", "--model", "--config", "--vae", "--prompts", "--from", "--adaptor",
+        "--steps",
         "--lora", "--embedding", "--average", "--rank", "--dry-run", "--gpus", "--allow-code",
         "--held-out", "--patience", "--log-with",
     },
     "export": {
-        "--out", "--model", "--config", "--adaptor", "--adaptor-scale", "--dtype", "--layout",
+        "--out", "--model", "--config", "--vae", "--adaptor", "--adaptor-scale", "--dtype",
+        "--layout",
         "--height", "--width", "--batch", "--decoder", "--fuse", "--prompts", "--dynamic", "--task",
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
         "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--mark",
@@ -75,7 +77,8 @@ SURFACE = {
     "profile compare": {"--metric", "--threshold", "--json", "--force"},
     "profile table": set(),
     "evaluate": {
-        "--adaptor", "--model", "--config", "--recipe", "--prompts", "--images", "--json", "--out",
+        "--adaptor", "--model", "--config", "--vae", "--recipe", "--prompts", "--images", "--json",
+        "--out",
         "--lora", "--embedding", "--one-step", "--rival", "--context-tokens", "--clip-skip",
         "--coco", "--year", "--inception", "--clip", "--shard", "--captions", "--reference",
         "--resolution", "--clip-prefix", "--batch", "--with-teacher", "--force",

@@ -16,6 +16,7 @@ from hipa_deploy.commands.options import (
     LoraOption,
     ModelOption,
     OneStepOption,
+    VaeOption,
     console,
 )
 from hipa_deploy.errors import HipaError
@@ -52,6 +53,7 @@ def evaluate(
     ] = None,
     model: ModelOption = "emoji",
     config: ConfigOption = None,
+    vae: VaeOption = None,
     lora: LoraOption = None,
     embedding: EmbeddingOption = None,
     recipe: Annotated[
@@ -235,7 +237,7 @@ def evaluate(
             )
         coco_wishes = _coco_wishes(coco, images, given)
         _on_coco(
-            coco_wishes, model, config, adaptor_dir, rivals, style, wishes, teacher,
+            coco_wishes, model, config, vae, adaptor_dir, rivals, style, wishes, teacher,
             out=out, prompts=prompts, json_path=json_path, force=force,
         )  # fmt: skip
         return
@@ -260,7 +262,7 @@ def evaluate(
     if prompts:
         inputs.append(prompts)
     check_outputs(outputs, inputs=inputs, force=force)
-    folder = model_folder(model, config)
+    folder = model_folder(model, config, vae)
     request = check_request(
         folder, adaptor_dir, rivals, style, wishes, prompts=prompts, images=images
     )
@@ -329,6 +331,7 @@ def _on_coco(
     wishes: CocoWishes,
     model: str,
     config: str | None,
+    vae: str | None,
     adaptor: Path | None,
     rivals: list[Contender],
     style: Style,
@@ -361,7 +364,7 @@ def _on_coco(
     if request.report:
         outputs += [one / name for one in request.sets for name in REPORT_FILES]
     check_outputs(outputs, inputs=inputs, force=force)
-    folder = model_folder(model, config)
+    folder = model_folder(model, config, vae)
     text, warning = check_models(folder, adaptor, rivals, style, text_wishes)
     if warning:
         console.print(f"warning: {warning}", markup=False, highlight=False)

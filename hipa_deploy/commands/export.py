@@ -22,6 +22,7 @@ from hipa_deploy.commands.options import (
     OneStepOption,
     Precision,
     Task,
+    VaeOption,
     console,
     given_options,
 )
@@ -40,6 +41,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Bundle folder to write, new or empty.")],
     model: ModelOption,
     config: ConfigOption = None,
+    vae: VaeOption = None,
     adaptor: Annotated[
         str | None,
         typer.Option(
@@ -229,13 +231,23 @@ def export(
         )
         if not others_are_default:
             raise HipaError(
-                "--swap-for takes --model, --config, --adaptor, --adaptor-scale, --one-step, "
-                "--lora, --embedding, --decoder, --sign and --out; the bundle decides everything "
-                "else. Leave the other options out."
+                "--swap-for takes --model, --config, --vae, --adaptor, --adaptor-scale, "
+                "--one-step, --lora, --embedding, --decoder, --sign and --out; the bundle decides "
+                "everything else. Leave the other options out."
             )
         style = parse_style(lora, embedding)
         _export_swap(
-            model, config, adaptor, adaptor_scale, one_step, style, decoder, swap_for, out, sign
+            model,
+            config,
+            vae,
+            adaptor,
+            adaptor_scale,
+            one_step,
+            style,
+            decoder,
+            swap_for,
+            out,
+            sign,
         )
         return
 
@@ -283,7 +295,7 @@ def export(
     )
     # Before a checkpoint in one file is converted, which takes minutes, or TAESD is fetched.
     check_options(options, decoder=decoder, encoder=encoder)
-    model = unpacked(model, config)
+    model = unpacked(model, config, vae)
     options = replace(
         options,
         model=model,
@@ -365,6 +377,7 @@ def _say(lines: list[str]) -> None:
 def _export_swap(
     model: str,
     config: str | None,
+    vae: str | None,
     adaptor: str | None,
     scale: float,
     one_step: str | None,
@@ -393,7 +406,7 @@ def _export_swap(
     folder = resolve_adaptor(adaptor) if adaptor else None
     check_before_model(model, style, folder)
     refuse_to_overwrite(out)
-    model = unpacked(model, config)
+    model = unpacked(model, config, vae)
     # The decoder is asked for because a fused bundle has it in the same graph as the adaptor.
     options = SwapOptions(
         model=model,

@@ -89,6 +89,14 @@ ConfigOption = Annotated[
         "Needed only if its weights do not show it."
     ),
 ]
+VaeOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Another VAE for the model: a file that came with a fine-tune, such as "
+        "vae-ft-mse-840000-ema-pruned.safetensors, or an AutoencoderKL folder. By default the "
+        "model's own."
+    ),
+]
 LoraOption = Annotated[
     list[str] | None,
     typer.Option(

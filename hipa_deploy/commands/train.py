@@ -13,6 +13,7 @@ from hipa_deploy.commands.options import (
     EmbeddingOption,
     LoraOption,
     ModelOption,
+    VaeOption,
     console,
 )
 from hipa_deploy.disk.files import refuse_to_overwrite
@@ -37,6 +38,7 @@ def train(
     ] = "emoji",
     model: ModelOption = "emoji",
     config: ConfigOption = None,
+    vae: VaeOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -126,7 +128,7 @@ def train(
     """
     require("train")
     if average:
-        training = (prompts, start, adaptor, lora, embedding, steps, config, gpus)
+        training = (prompts, start, adaptor, lora, embedding, steps, config, vae, gpus)
         watching = (held_out, patience, log_with)
         named = recipe != "emoji" or model != "emoji" or dry_run or allow_code
         if named or any(other is not None for other in (*training, *watching)):
@@ -194,7 +196,7 @@ def train(
     with code_allowed(allow_code):
         check_allowed("backbone", chosen.loss.backbone)
         check_allowed("loss", chosen.loss.custom or "")
-        folder = model_folder(model, config)
+        folder = model_folder(model, config, vae)
         if dry_run:
             assert isinstance(chosen, Recipe)  # a decoder's was refused above
             check_dry_run(chosen, folder, initial, style)

@@ -9,7 +9,7 @@ HELP_GROUP = "Help"
 
 _GROUPS = {
     "Model": (
-        *("--model", "--config", "--adaptor", "--adaptor-scale", "--from", "--lora"),
+        *("--model", "--config", "--vae", "--adaptor", "--adaptor-scale", "--from", "--lora"),
         *("--embedding", "--one-step", "--decoder", "--encoder", "--rival"),
         "--with-teacher",
     ),

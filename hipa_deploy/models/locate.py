@@ -24,7 +24,7 @@ TAESD = "madebyollin/taesd"
 TAESDXL = "madebyollin/taesdxl"
 
 
-def model_folder(name: str, config: str | None = None) -> Path:
+def model_folder(name: str, config: str | None = None, vae: str | None = None) -> Path:
     """Return the diffusers folder of a base model; convert or download the model if necessary.
 
     Args:
@@ -34,12 +34,22 @@ def model_folder(name: str, config: str | None = None) -> Path:
             a folder in the user's cache.
         config: for a checkpoint whose weights do not tell what it is: see
             ``hipa_deploy.models.single_file.converted``.
+        vae: another VAE for it, a folder or a file: see
+            ``hipa_deploy.models.weights.other_vae.with_vae``; None is the model's own.
 
     Raises:
         HipaError: there is no such folder or file and the hub does not provide it, the checkpoint
-            cannot be converted, or ``config`` is set for anything but a checkpoint.
+            cannot be converted, ``config`` is set for anything but a checkpoint, or the VAE does
+            not fit.
 
     """
+    if vae is not None:
+        from hipa_deploy.models.weights.other_vae import check_there, with_vae
+
+        # Before a checkpoint is converted, which takes minutes.
+        path = check_there(_in_hub_cache(Path(vae)))
+        folder = model_folder(name, config)
+        return with_vae(folder, path, Path(model_name(name, folder)).name)
     path = Path(name)
     if path.is_file():
         # A conversion needs torch, which a bundle runs without.
@@ -99,15 +109,15 @@ def model_name(name: str, folder: Path) -> str:
     return folder.resolve().name if Path(name).exists() else name
 
 
-def unpacked(name: str, config: str | None = None) -> str:
-    """Return ``name``, or for a checkpoint in one file the folder that it was converted into.
+def unpacked(name: str, config: str | None = None, vae: str | None = None) -> str:
+    """Return ``name``, or the folder of a checkpoint in one file, or of a model with another VAE.
 
     Raises:
         HipaError: as for ``model_folder``.
 
     """
-    if config is not None or Path(name).is_file():
-        return str(model_folder(name, config))
+    if config is not None or vae is not None or Path(name).is_file():
+        return str(model_folder(name, config, vae))
     return name
 
 
@@ -154,7 +164,9 @@ def resolve_decoder(name: str, model: str) -> Path | None:
     if name != TINY:
         return _in_hub_cache(Path(name))
     folder = model_folder(model)
-    return DECODER if folder == MODEL else _fetch_tiny(folder)
+    # With another VAE its folder is one of links: the latents are still the embedded model's.
+    own = (folder / "unet").resolve() == (MODEL / "unet").resolve()
+    return DECODER if own else _fetch_tiny(folder)
 
 
 def _diffusers_folder(path: Path) -> Path:

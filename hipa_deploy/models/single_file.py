@@ -38,6 +38,7 @@ from hipa_deploy.models.kind import listed_class
 from hipa_deploy.models.model_config import SCHEDULER, ModelConfig
 from hipa_deploy.models.text_pair import forces_zeros
 from hipa_deploy.models.weights.load_part import BESIDE_TEXT
+from hipa_deploy.models.weights.other_vae import BESIDE_VAE
 from hipa_deploy.models.weights.part_config import defaults_of, read_config
 from hipa_deploy.models.weights.weight_file import (
     SAFETENSORS,
@@ -85,9 +86,6 @@ PREDICTIONS = {
 }
 # Ends of tensors that hold a scale of another one, which is stored in float8.
 SCALES = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", "scaled_fp8")
-# What a VAE's own training leaves in its file, from where tools put it into checkpoints: an
-# averaged copy, and a discriminator.
-BESIDE_VAE = ("model_ema.", "loss.")
 TEXT = PARTS["text_encoder"] + "transformer."
 # Of the names in a text encoder: CLIP's and OpenCLIP's module, and the number of a layer.
 CLIP_ROOT = re.compile(r"(transformer\.(?!resblocks)|model\.)?(text_model\.)?")

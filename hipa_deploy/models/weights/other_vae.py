@@ -1,0 +1,270 @@
+"""Another VAE in a model's place (``--vae``): a file that came with a fine-tune, or a folder.
+
+The model with it is a folder in the user's cache that consists of links: to the parts of the model
+itself, and to the other VAE. A VAE in one file, in the original layout of CompVis and Stability, is
+converted once and found again by its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from hipa_deploy.disk.files import check_space, new_folder, user_cache
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.errors import HipaError, as_line, brief, first_line
+from hipa_deploy.models.weights.load_part import check_part
+from hipa_deploy.models.weights.part_config import defaults_of, known_values, read_config
+from hipa_deploy.models.weights.weight_file import is_pickled, load_tensors, read_layout
+from hipa_deploy.models.weights.weight_files import DIFFUSERS, current_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG = "config.json"
+PART = "vae"
+# How names begin in a whole checkpoint, whose VAE is taken, and in the file of a VAE of some tools.
+PREFIXES = ("first_stage_model.", "vae.")
+# What a VAE's own training leaves in its file: an averaged copy, and a discriminator.
+BESIDE_VAE = ("model_ema.", "loss.")
+# Each layout of a VAE with an encoder and a decoder has one of these.
+ORIGINAL = "encoder.down.0.block.0.conv1.weight"
+CURRENT = "encoder.down_blocks.0.resnets.0.conv1.weight"
+# Of a tiny autoencoder, in its own layout and in diffusers'.
+TINY = ("0.weight", "1.weight", "encoder.layers.0.weight", "decoder.layers.1.weight")
+# What both must have in common, so that the model's latents are the other VAE's.
+SAME = ("latent_channels", "in_channels", "out_channels", "scaling_factor", "shift_factor")
+
+
+def check_there(vae: Path) -> Path:
+    """Return the path of a VAE; nothing is read.
+
+    Raises:
+        HipaError: there is nothing.
+
+    """
+    if not vae.exists():
+        raise HipaError(
+            f"--vae {vae} does not exist. Expected a file of a VAE's weights, or an AutoencoderKL "
+            "folder."
+        )
+    return vae
+
+
+def with_vae(model: Path, vae: Path, name: str) -> Path:
+    """Return a folder of links to a model's parts, with another VAE in the place of its own.
+
+    Args:
+        model: a diffusers folder.
+        vae: an AutoencoderKL folder, a model's folder that has one, or a file of a VAE's weights:
+            in the original layout, alone or in a whole checkpoint, or by diffusers' names.
+        name: what the model is called; the folder has it in its name.
+
+    Raises:
+        HipaError: no such file or folder, it holds no VAE, or one that does not fit the model.
+
+    Example:
+        >>> with_vae(Path("sd15"), Path("vae-ft-mse-840000.safetensors"), "sd15").name
+        'sd15 with vae-ft-mse-840000'
+
+    """
+    if vae.is_dir():
+        part = _part_of(vae)
+        _check_same(model, part)
+        called = part.parent.name if part.name == PART else part.name
+    else:
+        part = _converted(model, check_there(vae))
+        called = vae.stem
+    return _linked(model, part, f"{name} with {called}")
+
+
+def _part_of(folder: Path) -> Path:
+    """The VAE's folder: what was given, or a part of it."""
+    for part in (folder, folder / PART):
+        if (part / CONFIG).is_file():
+            listed = read_config(part, CONFIG).get("_class_name", "AutoencoderKL")
+            if listed != "AutoencoderKL":
+                hint = " A tiny decoder is given with --decoder." if "Tiny" in str(listed) else ""
+                raise HipaError(
+                    f"--vae {part} is of {brief(listed)}. Expected AutoencoderKL.{hint}"
+                )
+            return part
+    raise HipaError(
+        f"--vae {folder} has no {CONFIG}, and no {PART}/{CONFIG}. Expected an AutoencoderKL folder."
+    )
+
+
+def _check_same(model: Path, part: Path) -> None:
+    """Check that a VAE's folder is for latents like the model's.
+
+    Raises:
+        HipaError: its configuration says something else, or its weights are not those that it
+            describes.
+
+    """
+    from diffusers import AutoencoderKL
+
+    own = _values(model / PART)
+    other = _values(part)
+    wanted = {key: own[key] for key in SAME if key in own}
+    wanted["levels"] = len(own["block_out_channels"])
+    got = {key: other.get(key) for key in wanted} | {"levels": len(other["block_out_channels"])}
+    for key, value in wanted.items():
+        if got[key] != value:
+            raise HipaError(
+                f"--vae {part} has {key}={brief(got[key])}, and the model's own VAE "
+                f"{brief(value)}. It is for other latents: every image would be wrong. Give a VAE "
+                "of this family of models."
+            )
+    check_part(AutoencoderKL, part)
+
+
+def _values(part: Path) -> dict[str, Any]:
+    from diffusers import AutoencoderKL
+
+    known = known_values(AutoencoderKL, read_config(part, CONFIG), part / CONFIG)
+    return {**defaults_of(AutoencoderKL), **known}
+
+
+def _converted(model: Path, file: Path) -> Path:
+    """The folder of a VAE in one file, with the configuration of the model's own VAE."""
+    shapes = _shapes(file)
+    values = _values(model / PART)
+    key = {"format": 1, "file": file_sha256(file), "config": values}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    out = user_cache() / "vaes" / digest[:24] / file.stem
+    if not (out / CONFIG).is_file():
+        check_space(out, file.stat().st_size // 2)
+        with Console(stderr=True).status(f"reading {escape(file.name)}"):
+            try:
+                _convert(file, shapes, values, out)
+            except (HipaError, OSError):
+                # Another process may have converted the same file meanwhile. Its result is equal.
+                if not (out / CONFIG).is_file():
+                    raise
+    return out
+
+
+def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names, as the VAE itself has them, and shapes of the VAE's tensors in a file.
+
+    Raises:
+        HipaError: the file cannot be read, or holds no VAE.
+
+    """
+    if is_pickled(file):
+        stored = {name: tuple(weight.shape) for name, weight in load_tensors(file).items()}
+    else:
+        stored = {name: layout.shape for name, layout in read_layout(file).items()}
+    shapes = {}
+    for name, inner in _inner_names(stored).items():
+        shapes[inner] = stored[name]
+    if ORIGINAL in shapes or CURRENT in shapes:
+        return shapes
+    if any(name in stored for name in TINY):
+        raise HipaError(
+            f"--vae {file} is a tiny autoencoder. It is given as a folder, with --decoder and "
+            "--encoder."
+        )
+    raise HipaError(f"--vae {file} holds no VAE: no weight {ORIGINAL} in it, and no {CURRENT}.")
+
+
+def _inner_names(names: Mapping[str, Any]) -> dict[str, str]:
+    """The VAE's tensors in a file: the name there, and its name within the VAE."""
+    prefix = ""
+    for tried in PREFIXES:
+        if any(name.startswith(tried) for name in names):
+            prefix = tried
+    found = {}
+    for name in names:
+        inner = name.removeprefix(prefix)
+        if name.startswith(prefix) and not inner.startswith(BESIDE_VAE):
+            found[name] = current_name(inner)
+    return found
+
+
+def _convert(
+    file: Path, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, Any], out: Path
+) -> None:
+    """Write the VAE of a file as the diffusers folder ``out``."""
+    from diffusers import AutoencoderKL
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    stored = load_tensors(file)
+    tensors: dict[str, Tensor] = {}
+    for name, inner in _inner_names(stored).items():
+        # A copy: tensors that share memory cannot be stored.
+        tensors[inner] = stored[name].clone().contiguous()
+    with new_folder(out) as scratch:
+        weights = scratch / f"{DIFFUSERS}.safetensors"
+        text = json.dumps({"_class_name": "AutoencoderKL", **values}, indent=2, default=str)
+        (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
+        try:
+            save_file(tensors, weights)
+            if CURRENT not in shapes:
+                _rename(file, scratch, weights, tensors)
+        except (OSError, SafetensorError) as error:
+            raise HipaError(
+                f"--vae {file} cannot be stored in {out.parent}: {first_line(error)}"
+            ) from None
+        with as_line(f"--vae {file} does not fit the model", "Give a VAE of its family."):
+            check_part(AutoencoderKL, scratch)
+
+
+def _rename(file: Path, scratch: Path, weights: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the weights in ``scratch`` once more, by diffusers' names.
+
+    Raises:
+        HipaError: they are not all of the VAE that the configuration describes.
+
+    """
+    import torch
+    from diffusers import AutoencoderKL
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
+    dtypes = {weight.dtype for weight in tensors.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    expected = "Expected one of the model's family."
+    with as_line(f"--vae {file} cannot be converted", expected):
+        module = AutoencoderKL.from_single_file(
+            str(weights), config=str(scratch), local_files_only=True, torch_dtype=dtype
+        )
+    lacking = [name for name, weight in module.named_parameters() if weight.is_meta]
+    used = sum(weight.numel() for weight in module.parameters())
+    given = sum(math.prod(weight.shape) for weight in tensors.values())
+    if lacking or used != given:
+        missing = f" It lacks {lacking[0]}." if lacking else ""
+        raise HipaError(
+            f"--vae {file} has {given:,} weights, and the model's VAE has {used:,}.{missing} "
+            f"{expected}"
+        )
+    weights.unlink()
+    module.save_pretrained(scratch)
+
+
+def _linked(model: Path, part: Path, name: str) -> Path:
+    """The folder of links to the parts of a model, and to another VAE."""
+    places = [str(model.resolve()), str(part.resolve())]
+    key = hashlib.sha256(json.dumps(places).encode()).hexdigest()[:24]
+    out = user_cache() / "models" / key / name
+    if out.is_dir():
+        links = list(out.iterdir())
+        if links and all(link.exists() for link in links):
+            return out
+        shutil.rmtree(out)  # the model or the VAE has been moved, and is back
+    with new_folder(out) as scratch:
+        for entry in sorted(model.iterdir()):
+            if entry.name != PART:
+                (scratch / entry.name).symlink_to(entry.resolve())
+        (scratch / PART).symlink_to(part.resolve())
+    return out

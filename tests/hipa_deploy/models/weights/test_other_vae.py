@@ -1,0 +1,175 @@
+"""Another VAE in a model's place: files as they lie on the web, against diffusers' own reading."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.locate import model_folder, unpacked
+from tests.original_layout import vae_names, write_checkpoint
+from tests.tiny_model import make_model
+
+NAME = "diffusion_pytorch_model.safetensors"
+PLACE = "diffusers"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("vae") / "tiny")
+
+
+@pytest.fixture
+def model(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    return made
+
+
+@pytest.fixture
+def other(model: Path) -> dict[str, torch.Tensor]:
+    """The weights of another VAE of the same shapes, by diffusers' names."""
+    torch.manual_seed(1)
+    weights = load_file(model / "vae" / NAME)
+    return {name: weight + 0.1 * torch.randn_like(weight) for name, weight in weights.items()}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def original(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: weight.contiguous() for name, weight in vae_names(weights).items()}
+
+
+def write(kind: str, weights: dict[str, torch.Tensor], model: Path, folder: Path) -> Path:
+    """The VAE as it lies on the web: in a file of some kind, or in a folder."""
+    file = folder / "my vae.safetensors"
+    if kind == PLACE:
+        save_file(weights, file)
+    elif kind == "original":
+        save_file(original(weights), file)
+    elif kind == "with a discriminator":
+        beside = {"loss.discriminator.main.0.weight": torch.ones(3)}
+        save_file(original(weights) | beside, file)
+    elif kind == "prefixed":
+        prefixed = {f"first_stage_model.{name}": w for name, w in original(weights).items()}
+        save_file(prefixed, file)
+    elif kind == "pickled":
+        file = file.with_suffix(".pt")
+        torch.save({"state_dict": original(weights), "global_step": 3}, file)
+    elif kind == "whole checkpoint":
+        copy = shutil.copytree(model, folder / "copy")
+        save_file(weights, copy / "vae" / NAME)
+        write_checkpoint(copy, file)
+    else:
+        part = folder / "my vae" / ("vae" if kind == "of a model" else "")
+        shutil.copytree(model / "vae", part)
+        save_file(weights, part / NAME)
+        file = folder / "my vae"
+    return file
+
+
+KINDS = (
+    *(PLACE, "original", "with a discriminator", "prefixed", "pickled", "whole checkpoint"),
+    *("folder", "of a model"),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_arrives(
+    model: Path, other: dict[str, torch.Tensor], tmp_path: Path, kind: str
+) -> None:
+    file = write(kind, other, model, tmp_path)
+    out = model_folder(str(model), vae=str(file))
+    assert out.name == "tiny with my vae"
+    assert same(load_file(out / "vae" / NAME), other)
+    # All other parts are the model's own, and diffusers takes the folder as any other.
+    assert (out / "unet").resolve() == (model / "unet").resolve()
+    pipe = StableDiffusionPipeline.from_pretrained(out, local_files_only=True)
+    assert same(dict(pipe.vae.state_dict()), other)
+    # Once more it is found, and not made again.
+    before = (out / "vae").lstat().st_mtime_ns
+    assert unpacked(str(model), vae=str(file)) == str(out)
+    assert (out / "vae").lstat().st_mtime_ns == before
+
+
+def test_half_precision_is_kept_and_decodes_as_diffusers_reads_it(
+    model: Path, other: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    file = tmp_path / "half.safetensors"
+    save_file({name: weight.half() for name, weight in original(other).items()}, file)
+    out = model_folder(str(model), vae=str(file))
+    assert {weight.dtype for weight in load_file(out / "vae" / NAME).values()} == {torch.float16}
+    expected = AutoencoderKL.from_single_file(str(file), config=str(model / "vae"))
+    got = AutoencoderKL.from_pretrained(out / "vae")
+    latents = torch.randn(1, got.config.latent_channels, 4, 4)
+    assert torch.equal(got.decode(latents).sample, expected.decode(latents).sample)
+    assert got.config.scaling_factor == json.loads(
+        (model / "vae" / "config.json").read_text(encoding="utf-8")
+    ).get("scaling_factor", 0.18215)
+
+
+def test_a_folder_whose_model_was_moved_is_made_again(
+    model: Path, other: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "copy")
+    file = write("original", other, model, tmp_path)
+    out = model_folder(str(copy), vae=str(file))
+    shutil.move(copy / "unet", copy / "gone")
+    shutil.move(copy, tmp_path / "moved")
+    assert not (out / "unet").exists()
+    shutil.move(tmp_path / "moved" / "gone", tmp_path / "moved" / "unet")
+    shutil.move(tmp_path / "moved", copy)
+    (out / "vae").unlink()
+    (out / "vae").symlink_to(tmp_path / "nowhere")
+    assert model_folder(str(copy), vae=str(file)) == out
+    assert same(load_file(out / "vae" / NAME), other)
+
+
+def changed(model: Path, folder: Path, **values: object) -> Path:
+    """A VAE's folder whose configuration says something else."""
+    part = Path(shutil.copytree(model / "vae", folder / "odd"))
+    config = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    (part / "config.json").write_text(json.dumps(config | values), encoding="utf-8")
+    return part
+
+
+def test_what_does_not_fit_is_refused(
+    model: Path, other: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    def refused(vae: Path, words: str) -> None:
+        with pytest.raises(HipaError, match=words):
+            model_folder(str(model), vae=str(vae))
+
+    refused(tmp_path / "none.safetensors", "does not exist")
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", r"no config.json")
+    refused(model / "unet", "is of 'UNet2DConditionModel'. Expected AutoencoderKL")
+    refused(changed(model, tmp_path, scaling_factor=0.13025), "scaling_factor=0.13025")
+    shutil.rmtree(tmp_path / "odd")
+
+    AutoencoderTiny().save_pretrained(tmp_path / "tiny")
+    refused(tmp_path / "tiny", "--decoder")
+    refused(tmp_path / "tiny" / NAME, "tiny autoencoder")
+    refused(model / "unet" / NAME, "holds no VAE")
+
+    some = original(other)
+    del some["decoder.conv_out.weight"]
+    save_file(some, tmp_path / "half.safetensors")
+    refused(tmp_path / "half.safetensors", "half.safetensors")
+    more = original(other) | {"decoder.more.weight": torch.ones(3)}
+    save_file(more, tmp_path / "more.safetensors")
+    refused(tmp_path / "more.safetensors", "has .* weights, and the model's VAE has")
+    wide = {name: torch.cat([w, w]) for name, w in original(other).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    refused(tmp_path / "wide.safetensors", "cannot be converted")
+    (tmp_path / "cut.safetensors").write_bytes((model / "vae" / NAME).read_bytes()[:500])
+    refused(tmp_path / "cut.safetensors", "damaged")
+    # Nothing of it is left in the cache.
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
