@@ -43,6 +43,27 @@ def refuse_faulty(library: TensorRTLibrary, version: str) -> None:
             )
 
 
+def check_refittable(
+    trt: ModuleType, engine: Any, stage: str, library: TensorRTLibrary, remedy: str
+) -> None:
+    """Check that an engine can take other weights.
+
+    Args:
+        trt: the module of TensorRT or TensorRT-RTX.
+        engine: the ICudaEngine.
+        stage: whose engine it is, for messages.
+        library: which of the two libraries ``trt`` is.
+        remedy: how to build an engine that can be refitted, for messages.
+
+    Raises:
+        HipaError: it was not built to be refitted, or by a version with a known fault.
+
+    """
+    refuse_faulty(library, trt.__version__)
+    if not engine.refittable:
+        raise HipaError(f"{stage}: the engine was not built to take another adaptor. {remedy}")
+
+
 def refit_engine(
     trt: ModuleType,
     engine: Any,
@@ -70,12 +91,9 @@ def refit_engine(
         RefitFailedError: TensorRT stopped while refitting.
 
     """
-    refuse_faulty(library, trt.__version__)
     stage = onnx.parent.name
+    check_refittable(trt, engine, stage, library, remedy)
     logger = recording_logger(trt)
-    if not engine.refittable:
-        raise HipaError(f"{stage}: the engine was not built to take another adaptor. {remedy}")
-
     refitter = trt.Refitter(engine, logger)
     names = refitter.get_all_weights()
     fixed = sorted(changed.keys() - set(names))

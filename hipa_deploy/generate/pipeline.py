@@ -432,6 +432,18 @@ class OneStepPipeline(BatchPipeline):
                 made += self.make(batch, timer)
         return self.guard(merge_tiles(enlargement, made))
 
+    def check_swaps(self) -> None:
+        """Check that another adaptor could be taken: by its backend, and by its engine.
+
+        With ``low_memory`` an engine is not looked at before it is loaded.
+
+        Raises:
+            HipaError: none could: OpenVINO takes none, and an engine only if it was built for it
+                (``hipa-build --refit``).
+
+        """
+        self._loaded.check_swaps()
+
     def swap_adaptor(self, adaptor: str | Path | None) -> None:
         """Take another adaptor, without a rebuild.
 

@@ -24,7 +24,11 @@ from hipa_deploy.engines.backends.onnxruntime_runner import OnnxRuntimeRunner, e
 from hipa_deploy.engines.store.select import rebuild_command
 from hipa_deploy.engines.targets.build_options import BuildOptions
 from hipa_deploy.engines.tensorrt.library import as_tensorrt_library
-from hipa_deploy.engines.tensorrt.refit import RefitFailedError, refit_engine
+from hipa_deploy.engines.tensorrt.refit import (
+    RefitFailedError,
+    check_refittable,
+    refit_engine,
+)
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.runner import Runner
 from hipa_deploy.generate.stages import output_names, stage_feed
@@ -61,14 +65,42 @@ def swap_stage(
             with PyTorch's.
 
     """
+    _check_backend(backend)
     bundle.check_unchanged(adapted_stage(bundle))
     weights = swap.weights(bundle) if swap else {}
     if backend.startswith("onnxruntime"):
         return _swap_session(bundle, backend, swap, weights, adapted_stage(bundle))
-    if backend.startswith("openvino"):
-        raise HipaError(f"backend {backend} does not swap adaptors. Use --backend onnxruntime.")
     assert runner is not None, "an engine changes in place"
     return _swap_engine(bundle, runner, backend, swap, weights)
+
+
+def check_swaps(bundle: Bundle, runner: Runner | None, backend: str) -> None:
+    """Check that the stage that has the UNet can take another adaptor; nothing changes.
+
+    Args:
+        bundle: the bundle that ``runner`` was opened from.
+        runner: the loaded stage; None where none is loaded: then its engine is not looked at.
+        backend: the runner's backend.
+
+    Raises:
+        HipaError: the backend cannot, or the engine was not built for it.
+
+    """
+    _check_backend(backend)
+    if runner is None or backend.startswith("onnxruntime"):
+        return
+    library = as_tensorrt_library(backend)
+    remedy = rebuild_command(bundle.root, library, BuildOptions(refit=True))
+
+    def look(trt: ModuleType, engine: Any) -> None:
+        check_refittable(trt, engine, adapted_stage(bundle), library, remedy)
+
+    cast(EngineRunner, runner).change_engine(look)
+
+
+def _check_backend(backend: str) -> None:
+    if backend.startswith("openvino"):
+        raise HipaError(f"backend {backend} does not swap adaptors. Use --backend onnxruntime.")
 
 
 def swap_text_encoder(

@@ -356,9 +356,16 @@ class Batcher:
 
     def _swap(self, adaptor: str | None) -> None:
         started = time.perf_counter()
-        # Until it has succeeded nobody knows what is loaded: the next batch swaps again.
+        before = self._adaptor
+        # After a bug nobody knows what is loaded: the next batch swaps again.
         self._adaptor = ""
-        self._engine.swap_adaptor(adaptor)
+        try:
+            self._engine.swap_adaptor(adaptor)
+        except HipaError:
+            # What is loaded is as before. Another swap back to it could fail too, where the
+            # bundle's files have changed, and nobody would get an image any more.
+            self._adaptor = before
+            raise
         self._adaptor = adaptor
         self._turn_began = time.perf_counter()
         self._watch.swapped(self._turn_began - started)

@@ -31,6 +31,9 @@ class ServedBundle:
         name: of the model.
         root: the bundle's folder.
 
+    Attributes:
+        swap_problem: why its adaptors cannot be swapped in, once it is loaded; None: they can.
+
     Raises:
         HipaError: no bundle, or an adaptor in its folder that does not belong to it.
 
@@ -47,6 +50,7 @@ class ServedBundle:
         self.warm_up: WarmUp | None = None
         self.backend: str | None = None
         self.batch_sizes: tuple[int, ...] | None = None
+        self.swap_problem: str | None = None
         self._elsewhere = False
 
     def load(self, backend: str, limits: Limits, metrics: ServeMetrics) -> None:
@@ -62,6 +66,11 @@ class ServedBundle:
         except BaseException:
             pipe.close()
             raise
+        if self.adaptors:
+            try:
+                pipe.check_swaps()
+            except HipaError as error:
+                self.swap_problem = str(error)
         watch = metrics.watch(self.name)
         self.pipe = pipe
         self.backend = pipe.backend
@@ -75,10 +84,13 @@ class ServedBundle:
         )
         metrics.queue_length(self.name, lambda: self.waiting)
 
-    def loaded_elsewhere(self, backend: str, batch_sizes: tuple[int, ...]) -> None:
+    def loaded_elsewhere(
+        self, backend: str, batch_sizes: tuple[int, ...], swap_problem: str | None = None
+    ) -> None:
         """Note that other processes make this bundle's images, and how."""
         self.backend = backend
         self.batch_sizes = batch_sizes
+        self.swap_problem = swap_problem
         self._elsewhere = True
 
     @property
@@ -122,6 +134,11 @@ class Model:
     served: ServedBundle
     adaptor: str | None = None
 
+    @property
+    def is_offered(self) -> bool:
+        """Whether its images can be made: not every backend takes another adaptor."""
+        return self.adaptor is None or self.served.swap_problem is None
+
 
 class Models:
     """All models of a service.
@@ -148,6 +165,11 @@ class Models:
             for adaptor in (None, *served.adaptors):
                 model = Model(f"{name}:{adaptor}" if adaptor else name, served, adaptor)
                 self.by_name[model.name] = model
+
+    @property
+    def offered(self) -> list[Model]:
+        """The models whose images can be made, as far as is known: all before they are loaded."""
+        return [model for model in self.by_name.values() if model.is_offered]
 
     def for_task(self, *tasks: str) -> list[Model]:
         """The bundles without another adaptor that are for one of the tasks."""

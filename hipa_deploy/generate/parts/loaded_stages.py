@@ -142,6 +142,25 @@ class LoadedStages:
             if texts:
                 self._prompts.forget()
 
+    def check_swaps(self) -> None:
+        """Check that another adaptor can be taken; nothing changes.
+
+        Raises:
+            HipaError: the backend cannot, an engine was not built for it, or the pipeline is
+                closed or of another process.
+
+        """
+        from hipa_deploy.generate.swap_stage import check_swaps  # the engines
+
+        self._check_process()
+        stages = self._now.stages
+        runner = None
+        if not isinstance(stages, StagesInTurn):
+            runner = stages.runners[adapted_stage(self._bundle)]
+        with self._one_swap, self._use.alone():
+            self._check_open()
+            check_swaps(self._bundle, runner, self._backend)
+
     @property
     def is_of_parent(self) -> bool:
         """Whether this process is a fork of the one that loaded the stages."""

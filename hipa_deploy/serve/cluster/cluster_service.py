@@ -92,7 +92,8 @@ class ClusterService(ImageService):
         self._replicas = self._start(self.models, backend, self.limits)
         for served in self.models.served:
             facts = self._replicas[served.name].facts()
-            served.loaded_elsewhere(facts["backend"], tuple(facts["batch_sizes"]))
+            sizes = tuple(facts["batch_sizes"])
+            served.loaded_elsewhere(facts["backend"], sizes, facts["swap_problem"])
             self.metrics.queue_length(
                 served.name,
                 lambda name=served.name: self._under_way[name],  # type: ignore[misc]

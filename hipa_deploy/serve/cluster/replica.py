@@ -106,11 +106,12 @@ class Replica:
             return Refusal("late")
 
     def facts(self) -> dict[str, Any]:
-        """The backend that runs here, the batch sizes that its warm-up found, and the process."""
+        """What runs here: the backend, batch sizes, why adaptors are not swapped, the process."""
         (served,) = self._service.models.served
         return {
             "backend": served.backend,
             "batch_sizes": served.batch_sizes,
+            "swap_problem": served.swap_problem,
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }

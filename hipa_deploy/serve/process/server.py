@@ -127,6 +127,14 @@ async def _load(server: uvicorn.Server, service: ImageService, backend: str) -> 
         raise
     _collect_less()
     for served in service.models.served:
+        if served.swap_problem:
+            log(
+                "adaptors are not served",
+                logging.WARNING,
+                bundle=served.name,
+                adaptors=served.adaptors,
+                reason=served.swap_problem,
+            )
         if served.warm_up and served.pipe:
             log(
                 "ready",

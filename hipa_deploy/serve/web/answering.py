@@ -78,11 +78,21 @@ def chosen_model(service: ImageService, name: str | None, tasks: Sequence[str]) 
         )
     model = service.models.by_name.get(name)
     if model is None:
-        known = ", ".join(list(service.models.by_name)[:20])
+        known = ", ".join(offered.name for offered in service.models.offered[:20])
         raise ApiError(
             404,
             f"The model does not exist here. There are: {known}.",
             "model_not_found",
+            param="model",
+        )
+    if not model.is_offered:
+        # The log says why: the reason names files.
+        served = model.served
+        raise ApiError(
+            400,
+            f"The model {name} is another adaptor of {served.name}, and {served.backend} takes "
+            f"none as it was built here. Ask for {served.name}, or its owner: the log says why.",
+            "invalid_value",
             param="model",
         )
     task = model.served.bundle.manifest.task

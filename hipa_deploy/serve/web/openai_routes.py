@@ -89,7 +89,7 @@ async def edits(request: Request) -> dict[str, Any]:
 async def models(request: Request) -> dict[str, Any]:
     """All models."""
     service: ImageService = request.app.state.service
-    data = [_model(model) for model in service.models.by_name.values()]
+    data = [_model(model) for model in service.models.offered]
     return {"object": "list", "data": data}
 
 

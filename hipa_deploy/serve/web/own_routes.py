@@ -104,7 +104,7 @@ async def upscale(request: Request) -> Response:
 async def models(request: Request) -> dict[str, Any]:
     """All models: what they are for, and what they take."""
     service: ImageService = request.app.state.service
-    return {"models": [_described(model) for model in service.models.by_name.values()]}
+    return {"models": [_described(model) for model in service.models.offered]}
 
 
 @router.get("/health/live")

@@ -338,3 +338,18 @@ def test_closing_makes_what_waits_and_accepts_nothing(engine: Gate) -> None:
     closing.join(WAIT)
     assert first.done.result(0)
     assert second.done.result(0)
+
+
+def test_a_swap_that_fails_leaves_the_model_that_is_loaded(engine: Gate, batcher: Batcher) -> None:
+    """It is as before: no swap back, which fails too where the bundle's files have changed."""
+    engine.let_go(10)
+    submit(batcher, "a", adaptor="good").done.result(WAIT)
+    with pytest.raises(BackendFailedError, match="broken"):
+        submit(batcher, "b", adaptor="broken").done.result(WAIT)
+
+    def no_swap(adaptor: str | None) -> None:
+        raise HipaError("the bundle has moved")
+
+    engine.swap_adaptor = no_swap  # type: ignore[method-assign]
+    submit(batcher, "c", adaptor="good").done.result(WAIT)
+    assert engine.batches == [("good", ["a"]), ("good", ["c"])]

@@ -64,6 +64,43 @@ def test_an_adaptor_that_has_gone_since_the_start(tmp_path: Path) -> None:
         assert [line for line in it.lines if line["event"] == "bug"] == []
 
 
+def test_a_bundle_that_has_moved_goes_on_as_it_is_loaded(tmp_path: Path) -> None:
+    """Its adaptors cannot be swapped in any more, and asking for one takes nothing from others."""
+    bundle = tiny_bundles(tmp_path)["tiny"]
+    add_swaps(bundle, half=0.5)
+    order = {"prompt": "a red pear", "seed": 1}
+    with (
+        running(str(bundle.root), "--backend", "onnxruntime") as it,
+        httpx.Client(base_url=it.url, timeout=60) as client,
+    ):
+        before = client.post("/hipa/generate", json=order, headers={"accept": "image/png"})
+        bundle.root.rename(tmp_path / "moved")
+        broken = client.post("/hipa/generate", json={**order, "model": f"{bundle.root.name}:half"})
+        assert broken.status_code == 500
+        after = client.post("/hipa/generate", json=order, headers={"accept": "image/png"})
+        assert after.content == before.content
+
+
+def test_a_backend_without_swaps_does_not_offer_adaptors(tmp_path: Path) -> None:
+    bundle = tiny_bundles(tmp_path)["tiny"]
+    add_swaps(bundle, half=0.5)
+    name = bundle.root.name
+    with (
+        running(str(bundle.root), "--backend", "openvino") as it,
+        httpx.Client(base_url=it.url, timeout=60) as client,
+    ):
+        assert "does not swap" in it.wait_for("adaptors are not served", bundle=name)["reason"]
+        for path, key in (("/v1/models", "data"), ("/hipa/models", "models")):
+            assert [model["id"] for model in client.get(path).json()[key]] == [name]
+        order = {"prompt": "a red pear", "model": f"{name}:half"}
+        refused = client.post("/hipa/generate", json=order)
+        assert refused.status_code == 400
+        assert "openvino takes none" in refused.json()["error"]["message"]
+        assert str(tmp_path) not in refused.text
+        order = {"prompt": "a red pear", "model": name}
+        assert client.post("/hipa/generate", json=order).status_code == 200
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
 def test_a_disk_without_space_for_an_upload(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
