@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from hipa_deploy.bundle.text_settings import MAX_CHUNKS, TextSettings
 from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
 from hipa_deploy.disk.reading import read_text
-from hipa_deploy.errors import HipaError, as_line
+from hipa_deploy.errors import HipaError, as_line, brief
 from hipa_deploy.generate.prompt_weights import parse_weights
 
 AT_ONCE = 1000  # prompts that are counted at once; a million would take much memory
@@ -50,6 +50,7 @@ class PromptTooLongError(HipaError):
         self.context_tokens = context_tokens
 
 
+_QUOTED = 300  # characters of what would be cut, in a message
 _FEWEST_TOKENS = 3  # the start, the end and one of the prompt
 
 
@@ -250,7 +251,7 @@ class PromptTokenizer:
         found = len(places) + 2 * self._chunks
         problem = (
             f"the prompt has {found} tokens, the model reads {self.length}: "
-            f"{text[places[self._room] :].strip()!r} would be cut."
+            f"{brief(text[places[self._room] :].strip(), _QUOTED)} would be cut."
         )
         chunks = -(-len(places) // (self.chunk - 2))  # rounded up
         enough = chunks * self.chunk if chunks <= MAX_CHUNKS else None

@@ -18,6 +18,11 @@ Format = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 # What OpenAI's API takes. Every other decoder of Pillow is code that a stranger could reach.
 _UPLOADS = ("PNG", "JPEG", "WEBP")
+# Of a JPEG: a progressive one has about ten. Each goes over all pixels again, and a file of a
+# megabyte can hold tens of thousands: minutes of a core. libjpeg's djpeg has -maxscans for them.
+_MOST_SCANS = 100
+_SCAN = b"\xff\xda"  # within what is compressed it cannot occur
+_CHUNK = 1 << 16  # bytes
 BEST = 100  # quality of a JPEG or WebP; of a WebP it means lossless
 
 
@@ -30,13 +35,18 @@ def open_upload(file: IO[bytes], what: str, most_pixels: int) -> Image.Image:
         most_pixels: of width times height.
 
     Raises:
-        HipaError: not a PNG, JPEG or WebP, or too many pixels.
+        HipaError: not a PNG, JPEG or WebP, too many pixels, or a JPEG of too many scans.
 
     """
     file.seek(0)
     try:
         with quiet_pillow():
             image = Image.open(file, formats=_UPLOADS)
+    except Image.DecompressionBombError:  # Pillow's own limit: it does not say how many there are
+        raise HipaError(
+            f"the {what} has too many pixels. Expected at most {most_pixels} in all. Make it "
+            "smaller."
+        ) from None
     except Exception:  # what Pillow raises depends on the format and the damage
         raise HipaError(f"the {what} is no PNG, JPEG or WebP file that can be read.") from None
     if image.width * image.height > most_pixels:
@@ -44,7 +54,25 @@ def open_upload(file: IO[bytes], what: str, most_pixels: int) -> Image.Image:
             f"the {what} has {image.width}x{image.height} pixels. "
             f"Expected at most {most_pixels} in all. Make it smaller."
         )
+    # With MPO, which phones write: Pillow tells it from JPEG by what follows the first image.
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(file, what)
     return image
+
+
+def _check_scans(file: IO[bytes], what: str) -> None:
+    place = file.tell()
+    file.seek(0)
+    scans = 0
+    end = b""  # of the part before: a mark may lie across both
+    while chunk := file.read(_CHUNK):
+        scans += (end + chunk).count(_SCAN)
+        end = chunk[-1:]
+    file.seek(place)
+    if scans > _MOST_SCANS:
+        raise HipaError(
+            f"the {what} is a JPEG of {scans} scans. Expected at most {_MOST_SCANS}. Save it again."
+        )
 
 
 def mask_of_alpha(image: Image.Image, what: str) -> np.ndarray:
@@ -57,7 +85,7 @@ def mask_of_alpha(image: Image.Image, what: str) -> np.ndarray:
         what: 'image' or 'mask', for messages.
 
     Raises:
-        HipaError: the image has no transparency, or cannot be decoded.
+        HipaError: the image has no transparency, or nothing else, or cannot be decoded.
 
     Source: OpenAI's API reference of ``images.edit``: "fully transparent areas (e.g. where alpha is
     zero) indicate where image should be edited".
@@ -75,4 +103,15 @@ def mask_of_alpha(image: Image.Image, what: str) -> np.ndarray:
         raise
     except Exception:
         raise HipaError(f"the {what} is damaged. Expected a complete file.") from None
-    return alpha_HW == 0
+    hole_HW = alpha_HW == 0
+    if not hole_HW.any():
+        raise HipaError(
+            f"the {what} is nowhere fully transparent. Expected it transparent where the image is "
+            "to be repainted."
+        )
+    if hole_HW.all():
+        raise HipaError(
+            f"the {what} is transparent everywhere: nothing would be kept. Expected it opaque "
+            "where the image is to be kept."
+        )
+    return hole_HW

@@ -151,7 +151,10 @@ class ImageService:
         self.metrics = ServeMetrics()
         self.stopping = False
         # Pillow and zlib let other threads run. More threads than cores would only take memory.
-        self._threads = ThreadPoolExecutor(max(2, min(8, os.cpu_count() or 2)), "images")
+        threads = max(2, min(8, os.cpu_count() or 2))
+        self._threads = ThreadPoolExecutor(threads, "images")
+        # Threads of their own: uploads that take long to decode would keep everybody's files back.
+        self._readers = ThreadPoolExecutor(threads, "uploads")
 
     def load(self, backend: str) -> None:
         """Load every bundle and make its first image.
@@ -194,6 +197,7 @@ class ImageService:
         self.stopping = True
         self.metrics.ready.set(0)
         self.models.close()
+        self._readers.shutdown()
         self._threads.shutdown()
 
     async def deliver(self, order: Order, gone: Callable[[], Awaitable[None]]) -> Delivery:
@@ -265,9 +269,9 @@ class ImageService:
     async def _in_thread(
         self, started: float, function: Callable[..., Result], *arguments: Any
     ) -> Result:
-        """What a function returns in one of the threads; nobody waits beyond the time limit."""
+        """What a function of uploads returns; nobody waits for it beyond the time limit."""
         loop = asyncio.get_running_loop()
-        result = loop.run_in_executor(self._threads, partial(function, *arguments))
+        result = loop.run_in_executor(self._readers, partial(function, *arguments))
         try:
             await asyncio.wait({result}, timeout=self._left(started))
             if result.done():

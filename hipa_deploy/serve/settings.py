@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hipa_deploy.disk.reading import MIB
 from hipa_deploy.errors import HipaError
+from hipa_deploy.images.read import MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class Limits:
         for option, number in at_least_1.items():
             if number < 1:
                 raise HipaError(f"{option} is {number}. Expected 1 or more.")
+        if self.pixels > MAX_PIXELS:
+            raise HipaError(
+                f"--pixel-limit is {self.pixels / 1e6:g} million. Expected at most "
+                f"{MAX_PIXELS // 1_000_000}: larger images are not read."
+            )
         if self.images > self.queue:
             raise HipaError(
                 f"--images {self.images} is more than --queue {self.queue}: such a request would "

@@ -136,7 +136,7 @@ class Guard:
         host = headers.one("host")
         # Load balancers ask for the health in HTTP/1.0, which needs no Host (HAProxy's httpchk).
         # The check is against pages under a false name, and every browser sends one.
-        if host is None and scope["path"] in OPEN_PATHS:
+        if host is None and _own_path(scope) in OPEN_PATHS:
             return
         name = _host_name(host) if host is not None else None
         known = name is not None and (name in self._hosts or _is_number(name))
@@ -188,7 +188,7 @@ class Guard:
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
         # A browser asks without a key what it may ask with one.
-        is_open = scope["path"] in self._open_paths or scope["method"] == "OPTIONS"
+        is_open = _own_path(scope) in self._open_paths or scope["method"] == "OPTIONS"
         if is_open:
             return
         if not self._keys.fit(headers.one("authorization") or ""):
@@ -400,6 +400,15 @@ def as_sent(origin: str) -> str:
     origin = origin.lower().rstrip("/")
     scheme = origin.partition("://")[0]
     return origin.removesuffix(_USUAL_PORTS.get(scheme, "/"))
+
+
+def _own_path(scope: Scope) -> str:
+    """The path within this application: it may be a part of another one, under a prefix."""
+    path: str = scope["path"]
+    prefix = scope.get("root_path", "").rstrip("/")
+    if path.startswith(f"{prefix}/"):
+        return path[len(prefix) :]
+    return path
 
 
 def _host_name(host: str) -> str | None:

@@ -38,6 +38,15 @@ def test_a_long_prompt_says_what_would_be_cut(tokenizer: PromptTokenizer) -> Non
         tokenizer(["red apple pear red apple"])
 
 
+def test_of_a_very_long_prompt_only_the_start_of_it(tokenizer: PromptTokenizer) -> None:
+    """What to do stands behind it, and some of whom the message is for cut it."""
+    with pytest.raises(HipaError) as caught:
+        tokenizer(["red apple pear " * 1000])
+    assert len(str(caught.value)) < 600
+    assert str(caught.value).count("red") > 10
+    assert "Shorten it" in str(caught.value)
+
+
 def test_truncation_keeps_the_end_token(tokenizer: PromptTokenizer) -> None:
     assert tokenizer(["red apple pear red apple"], truncate=True).tolist() == [[0, 2, 3, 4, 1]]
 

@@ -62,3 +62,45 @@ def test_an_image_without_alpha_is_no_mask() -> None:
     image = upload(half_hidden()[..., :3], "PNG")
     with pytest.raises(HipaError, match="the image has no alpha channel"):
         mask_of_alpha(image, "image")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "words"), [(255, "nowhere fully transparent"), (0, "transparent everywhere")]
+)
+def test_a_mask_without_a_hole_or_without_a_rest(alpha: int, words: str) -> None:
+    pixels_HWC = half_hidden()
+    pixels_HWC[..., 3] = alpha
+    with pytest.raises(HipaError, match=words):
+        mask_of_alpha(upload(pixels_HWC, "PNG"), "mask")
+
+
+def segment(mark: int, content: bytes) -> bytes:
+    return bytes([0xFF, mark]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+def jpeg_of_scans(scans: int) -> io.BytesIO:
+    """A valid progressive JPEG of 8x8 grey pixels: its first scan, and then empty ones."""
+    tables = segment(0xDB, b"\0" + b"\1" * 64)
+    tables += segment(0xC2, bytes([8, 0, 8, 0, 8, 1, 1, 0x11, 0]))
+    tables += segment(0xC4, b"\0" + bytes([1] + [0] * 15) + b"\0")
+    tables += segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\0")
+    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + b"\x7f"
+    more = segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x7f"
+    return io.BytesIO(b"\xff\xd8" + tables + first + more * (scans - 1) + b"\xff\xd9")
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    """Each goes over all pixels: a megabyte of them keeps a core busy for minutes."""
+    image = open_upload(jpeg_of_scans(100), "image", 10_000)
+    assert np.asarray(image).shape == (8, 8)
+    with pytest.raises(HipaError, match=r"a JPEG of 101 scans\. Expected at most 100"):
+        open_upload(jpeg_of_scans(101), "image", 10_000)
+    progressive = upload(np.zeros((64, 64, 3), np.uint8), "JPEG", progressive=True)
+    assert read_image(progressive).shape == (64, 64, 3)
+
+
+def test_an_image_beyond_pillows_own_limit_has_too_many_pixels() -> None:
+    file = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(file, "PNG")
+    with pytest.raises(HipaError, match=r"too many pixels\. Expected at most 10000 in all"):
+        open_upload(file, "image", 10_000)

@@ -104,3 +104,41 @@ def test_a_system_that_starts_no_thread_is_answered_at_once(
             deliver(service)
         assert time.perf_counter() - started < WAIT / 2
         assert waiting(service) == 0
+
+
+def test_uploads_that_take_long_keep_no_other_files_back(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each upload that is decoded has a thread; the files of images are encoded in other ones."""
+    go_on = threading.Event()
+    read = service_module.open_upload
+
+    def slow(*arguments: Any) -> Any:
+        assert go_on.wait(WAIT)
+        return read(*arguments)
+
+    monkeypatch.setattr(service_module, "open_upload", slow)
+    names = [f"m={bundles['tiny'].root}", f"e={bundles['tiny-edit'].root}"]
+    service = ImageService(Models(names), Limits())
+    service.load("onnxruntime")
+    edits = threading.Thread(target=lambda: asyncio.run(many_edits(service)))
+    try:
+        edits.start()
+        started = time.perf_counter()
+        deliver(service)
+        assert time.perf_counter() - started < WAIT / 2
+    finally:
+        go_on.set()
+        edits.join()
+        service.close()
+
+
+async def many_edits(service: ImageService) -> None:
+    """As many at once as there can be threads."""
+    model = service.models.by_name["e"]
+
+    async def stays() -> None:
+        await asyncio.Event().wait()
+
+    orders = [Order(model, "a", seeds=[0], image=upload(32, 32)) for _ in range(8)]
+    await asyncio.gather(*[service.deliver(order, stays) for order in orders])

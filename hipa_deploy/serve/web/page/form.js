@@ -23,6 +23,7 @@ export class Form {
   constructor(changed) {
     this.changed = changed;
     this.models = [];
+    this.tasks = [];
     for (const id of ["prompt", "seed", "model", "adaptor", "width", "height", "strength", "feather", "live"]) {
       this[id] = byId(id);
     }

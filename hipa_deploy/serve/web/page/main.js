@@ -14,6 +14,7 @@ const LONGEST_DELAY = 400;
 const SETTLED = 1500; // milliseconds that an image must stand before it is kept
 const MOST_TRIES = 5; // of a request that a busy service sends away
 const MOST_IDEAS = 6;
+const NOT_CONNECTED = "The service does not answer yet. The page goes on asking it.";
 
 const byId = (id) => document.getElementById(id);
 
@@ -50,10 +51,15 @@ async function ask({ delay = false, keep = false, again = false } = {}) {
   if (!again) tries = 0;
   tryAgain = makeNow;
   result.stale(result.shown !== null);
+  if (!form.bundle) {
+    // What was typed is asked for when the service answers.
+    if (keep) showError(new FormProblem(NOT_CONNECTED, null));
+    return;
+  }
   let order;
   try {
     order = form.read();
-    if (form.bundle) await source.fit(form.task, form.target);
+    await source.fit(form.task, form.target);
   } catch (error) {
     if (number === asked) showError(error);
     return;
@@ -209,6 +215,10 @@ function ideaButton(prompt) {
 
 /** A dropped or pasted file. Where the task needs no image, find out what it may be for. */
 async function received(file) {
+  if (!form.bundle) {
+    showError(new FormProblem(NOT_CONNECTED, null));
+    return true;
+  }
   if (form.task !== "generate") return false;
   const facts = await readFacts(file);
   if (typeof facts?.prompt === "string" && /^\d+$/.test(facts.seed ?? "")) {
@@ -249,14 +259,15 @@ async function restore(entry) {
   history.mark(entry.blob);
   offerWhatFollows(order);
   say("The image is back.");
-  if (form.models.some((model) => model.id === order.model)) return;
+  // Without a service nobody knows yet what it serves.
+  if (!form.bundle || form.models.some((model) => model.id === order.model)) return;
   showError(new FormProblem(`The image is back, but its model ${order.model} is not served here. The form names another one.`, null));
   result.stale(false);
 }
 
 /** What can be done with the image that is shown: a draft can be refined, if its model can. */
 function offerWhatFollows(order) {
-  byId("use").disabled = false;
+  byId("use").disabled = !form.bundle;
   const bundle = form.models.find((model) => model.id === order.model);
   byId("refine").disabled = order.refined || order.task !== "generate" || !bundle?.refine;
 }
@@ -337,6 +348,7 @@ async function start() {
   let problem = await meetService();
   // Old images can be seen without a service. One that comes back needs the models of its form.
   await history.load();
+  const isLate = problem !== null;
   if (problem) {
     showError(problem);
     tryAgain = () => location.reload();
@@ -351,10 +363,17 @@ async function start() {
     showError(problem);
     return;
   }
-  hideError();
   tryAgain = makeNow;
-  if (byId("settings").open) form.prompt.focus();
+  if (isLate) await catchUp();
+  else if (byId("settings").open) form.prompt.focus();
   await untilReady();
+}
+
+/** What was done before the service answered: an image that came back, or words that were typed. */
+async function catchUp() {
+  hideError();
+  if (result.shown && !result.isStale) await restore(result.shown);
+  else if (form.prompt.value.trim() && byId("live").checked) ask({ delay: true });
 }
 
 /** Learn what the service offers; give the error where it does not say. */

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from hipa_deploy.bundle.folder import Bundle
 from tests.browser import open_browser, open_page
@@ -159,8 +160,10 @@ def test_a_service_that_ends_while_it_loads(page: Any, server: Server) -> None:
     page.wait_for_selector("#service[data-state=ready]")
 
 
-def test_a_service_that_comes_late_is_met_without_a_reload(page: Any) -> None:
+def test_a_service_that_comes_late_is_met_without_a_reload(page: Any, tmp_path: Path) -> None:
     is_there = False
+    a_png = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(a_png)
 
     def answer(route: Any) -> None:
         if is_there:
@@ -172,12 +175,50 @@ def test_a_service_that_comes_late_is_met_without_a_reload(page: Any) -> None:
     page.reload()
     page.wait_for_selector("#service[data-state=down]")
     assert "does not answer" in error_of(page)
+    page.fill("#prompt", PROMPT)
+    page.keyboard.press("Enter")
+    assert "does not answer yet" in error_of(page)
+    page.set_input_files("#file", str(a_png))
+    assert "does not answer yet" in error_of(page)
     is_there = True
     page.wait_for_selector("#service[data-state=ready]")
     page.wait_for_selector("#error", state="hidden")
-    page.fill("#prompt", PROMPT)
+    page.wait_for_selector("#result:not(.stale)")  # what was typed has been asked for
     page.keyboard.press("Enter")
     page.wait_for_selector("#history button")
+
+
+def test_an_image_comes_back_before_the_service_does(browser: Any, server: Server) -> None:
+    """Its form is written when the models are known: the next image is one of the same order."""
+    script = f"sessionStorage.setItem('hipa-api-key', '{KEY}')"
+    is_there = True
+
+    def answer(route: Any) -> None:
+        if is_there:
+            route.continue_()
+        else:
+            route.abort()
+
+    with open_page(browser, server.url, script=script) as page:
+        page.fill("#prompt", PROMPT)
+        page.fill("#seed", "77")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#history button")
+        page.route("**/page/about", answer)
+        is_there = False
+        page.reload()
+        page.wait_for_selector("#service[data-state=down]")
+        page.click("#history button")
+        page.wait_for_selector("#result:not(.stale)")
+        assert page.is_disabled("#use")
+        assert page.is_hidden("#error")
+        is_there = True
+        page.wait_for_selector("#service[data-state=ready]")
+        page.wait_for_function("() => !document.querySelector('#use').disabled")
+        assert page.input_value("#prompt") == PROMPT
+        assert page.input_value("#seed") == "77"
+        assert page.is_hidden("#error")
+        assert "stale" not in (page.get_attribute("#result", "class") or "")
 
 
 def test_what_is_asked_while_the_models_load_is_made_when_they_have(page: Any) -> None:

@@ -7,6 +7,9 @@ import asyncio
 import httpx
 import openai
 import pytest
+from starlette.applications import Starlette
+from starlette.routing import Mount
+from starlette.testclient import TestClient
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.serve.served import Models
@@ -112,3 +115,21 @@ def test_a_bug_is_an_answer_and_a_line_in_the_log(
     assert answer.json()["error"]["code"] == "internal_error"
     assert [record.message for record in caplog.records if record.levelname == "ERROR"] == ["bug"]
     assert b'_total{route="/hipa/generate",status="500"} 1.0' in service.metrics.text()
+
+
+@pytest.mark.parametrize("prefix", ["", "/img"])
+def test_a_part_of_another_application_is_open_as_it_is_alone(
+    bundles: dict[str, Bundle], prefix: str
+) -> None:
+    """Health checks and the page that asks for the key need none; all else does."""
+    service = ImageService(Models([f"m={bundles['tiny'].root}"]), Limits())
+    app = Starlette(routes=[Mount(prefix, web_app(service, keys=["a-key"]))])
+    client = TestClient(app, base_url="http://localhost")
+    for path in ("/health/live", "/", "/page/main.js"):
+        assert client.get(prefix + path).status_code == 200
+    assert client.get(f"{prefix}/health/ready").status_code == 503  # nothing is loaded
+    assert client.get(f"{prefix}/hipa/models").status_code == 401
+    key = {"authorization": "Bearer a-key"}
+    assert client.get(f"{prefix}/hipa/models", headers=key).status_code == 200
+    # A path that only looks like an open one.
+    assert client.get(f"{prefix}{prefix}/x/health/live").status_code == 401
