@@ -50,7 +50,8 @@ SURFACE = {
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "inpaint": {
-        "--feather", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
+        "--feather", "--match", "--out", "--seed", "--count", "--height", "--width", "--adaptor",
+        "--backend",
         "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },

@@ -141,7 +141,7 @@ def inpaint_pipeline(
 
     finished = []
     for result, image, mask in zip(made, images_NHWC, masks_NHW, strict=True):
-        finished.append(composite(result, image, mask, settings.feather))
+        finished.append(composite(result, image, mask, settings.feather, match=True))
     return np.stack(finished)
 
 

@@ -141,6 +141,13 @@ def inpaint(
             help="Width in pixels, outside the mask, over which the old image fades into the new."
         ),
     ] = 8,
+    match: Annotated[
+        bool,
+        typer.Option(
+            "--match/--no-match",
+            help="Shift the colours of the new part, so that they meet those around it.",
+        ),
+    ] = True,
     out: OutOption = None,
     seed: SeedOption = 0,
     count: CountOption = 1,
@@ -183,7 +190,9 @@ def inpaint(
     )
     opened = _open(bundle)
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
-    source = inpaint_source(opened, image, mask, feather=feather, height=height, width=width)
+    source = inpaint_source(
+        opened, image, mask, feather=feather, match=match, height=height, width=width
+    )
     check_image_size(files, opened, source, paths)
     _generate_from(
         bundle,

@@ -355,6 +355,7 @@ class OneStepPipeline(BatchPipeline):
         prompt: str | Sequence[str],
         *,
         feather: int = DEFAULT_FEATHER,
+        match: bool = True,
         height: int | None = None,
         width: int | None = None,
         **options: Any,
@@ -369,6 +370,8 @@ class OneStepPipeline(BatchPipeline):
             mask: the same, of the image's size; white is repainted.
             prompt: what the whole image should show.
             feather: pixels over which the seam is blended, 0 or more.
+            match: shift the colours of the new part, so that they meet those around it. False
+                shows them as they were generated.
             height: pixels; None is the bundle's own size.
             width: pixels; None is the bundle's own size.
             options: ``seed``, ``count``, ``truncate``, ``prompt_weights`` and ``timer``, as a call
@@ -384,7 +387,7 @@ class OneStepPipeline(BatchPipeline):
 
         """
         source = inpaint_source(
-            self.bundle, image, mask, feather=feather, height=height, width=width
+            self.bundle, image, mask, feather=feather, match=match, height=height, width=width
         )
         return self(prompt, source=source, **options)
 

@@ -18,7 +18,16 @@ _GROUPS = {
         *("--log-prompts", "--reference-prompts", "--column"),
     ),
     "Image": (
-        *("--task", "--strength", "--strengths", "--feather", "--overlap", "--seed", "--count"),
+        *(
+            "--task",
+            "--strength",
+            "--strengths",
+            "--feather",
+            "--match",
+            "--overlap",
+            "--seed",
+            "--count",
+        ),
         *("--height", "--width", "--dynamic", "--batch", "--images", "--again"),
         *("--refine", "--guidance"),
     ),

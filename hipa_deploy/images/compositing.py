@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.images.membrane import meet_edge
 
 MID_GREY = 127
 
@@ -79,19 +80,26 @@ def hide_hole(image_HWC: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
 
 
 def composite(
-    generated_HWC: np.ndarray, original_HWC: np.ndarray, mask_HW: np.ndarray, feather: int
+    generated_HWC: np.ndarray,
+    original_HWC: np.ndarray,
+    mask_HW: np.ndarray,
+    feather: int,
+    *,
+    match: bool = False,
 ) -> np.ndarray:
     """Put the generated image inside the mask and the original outside, with a soft seam.
 
     Over ``feather`` pixels outside the mask the generated image fades out linearly with the
     distance to the mask (Euclidean, between pixel centres). Farther away the original is
-    bit-exact, and inside the mask the generated image is.
+    bit-exact, and without ``match`` the generated image is so inside the mask.
 
     Args:
         generated_HWC: uint8 [H, W, 3].
         original_HWC: uint8 [H, W, 3].
         mask_HW: [H, W], above 0 where the image is repainted.
         feather: width of the seam in pixels; 0 is a hard edge.
+        match: shift the colours of the generated image, so that they meet the original's where
+            the seam ends (``hipa_deploy.images.membrane``).
 
     Returns:
         uint8 [H, W, 3].
@@ -110,6 +118,8 @@ def composite(
         raise HipaError(f"feather is {feather}. Expected 0 (a hard edge) or more pixels.")
 
     weight_HW1 = seam_weight(mask_HW, feather)[..., None]
+    if match:
+        generated_HWC = meet_edge(generated_HWC, original_HWC, weight_HW1[..., 0] > 0)
     blended_HWC = weight_HW1 * generated_HWC + (1 - weight_HW1) * original_HWC
     return np.rint(blended_HWC).astype(np.uint8)
 

@@ -148,6 +148,7 @@ def inpaint_source(
     mask: ImageSource,
     *,
     feather: int,
+    match: bool = True,
     height: int | None,
     width: int | None,
 ) -> Source:
@@ -161,6 +162,7 @@ def inpaint_source(
         image: a path, a Pillow image or an array.
         mask: the same, of the image's size; white is repainted.
         feather: width of the seam outside the mask, in pixels; 0 is a hard edge.
+        match: shift the colours of the new part, so that they meet those around it.
         height: of the result in pixels; None is the bundle's own height.
         width: of the result in pixels; None is the bundle's own width.
 
@@ -189,11 +191,15 @@ def inpaint_source(
         )
 
     def finish(images_BHWC: np.ndarray) -> np.ndarray:
-        return np.stack([composite(it_HWC, fitted_HWC, mask_HW, feather) for it_HWC in images_BHWC])
+        finished = []
+        for image_HWC in images_BHWC:
+            finished.append(composite(image_HWC, fitted_HWC, mask_HW, feather, match=match))
+        return np.stack(finished)
 
     facts = _facts("inpaint", original_HWC)
     facts["mask"] = _sha256(original_mask_HW.astype(np.uint8))
     facts["feather"] = feather
+    facts["match"] = match
     return Source(
         task="inpaint",
         image_HWC=hide_hole(fitted_HWC, mask_HW),

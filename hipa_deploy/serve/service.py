@@ -62,6 +62,7 @@ class Order:
         alpha_mask: the mask is in the alpha channel of ``mask``, or of ``image`` without one.
         strength: of an edit; None is the bundle's largest.
         feather: of an inpainting, in pixels.
+        match: of an inpainting: the new part's colours are shifted to meet those around it.
         overlap: of an upscaling, in pixels; None is the default.
         height: in pixels; None is the bundle's own.
         width: in pixels; None is the bundle's own.
@@ -81,6 +82,7 @@ class Order:
     alpha_mask: bool = False
     strength: float | None = None
     feather: int = DEFAULT_FEATHER
+    match: bool = True
     overlap: int | None = None
     height: int | None = None
     width: int | None = None
@@ -381,6 +383,7 @@ def _jobs_from_image(
         image,
         mask,
         feather=order.feather,
+        match=order.match,
         height=order.height,
         width=order.width,
     )

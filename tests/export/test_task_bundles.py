@@ -28,7 +28,7 @@ from hipa_deploy.export.graph.axes import parse_axes
 from hipa_deploy.generate.noise import initial_noise
 from hipa_deploy.generate.open_stages import open_runner
 from hipa_deploy.generate.swap_stage import _check_output, _expected_output
-from hipa_deploy.images.compositing import hide_hole, latent_mask
+from hipa_deploy.images.compositing import composite, hide_hole, latent_mask
 from hipa_deploy.images.example_source import example_image, example_mask
 from hipa_deploy.images.png import enlarge, png_bytes, read_parameters
 from hipa_deploy.images.source import edit_source
@@ -264,9 +264,15 @@ def test_inpainting_equals_the_formulas(
     seen = torch.cat([z, mask, source], dim=1) if in_channels == 9 else None
     made = parts.decode(mask * parts.x0(z, 999, seen) + (1 - mask) * source)
     with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
-        result = pipe.inpaint(IMAGE_HWC, MASK_HW, PROMPT, seed=SEED, feather=0)
+        result = pipe.inpaint(IMAGE_HWC, MASK_HW, PROMPT, seed=SEED, feather=0, match=False)
+        matched = pipe.inpaint(IMAGE_HWC, MASK_HW, PROMPT, seed=SEED, feather=0)
     expected = np.where(MASK_HW[..., None] > 0, made, IMAGE_HWC)
     assert_close(result.images_BHWC[0], expected)
+    assert (result.parameters[0]["match"], matched.parameters[0]["match"]) == (False, True)
+    # By default its colours are shifted to meet those around the mask.
+    shifted = composite(made, IMAGE_HWC, MASK_HW, 0, match=True)
+    assert_close(matched.images_BHWC[0], shifted)
+    assert not np.array_equal(shifted, expected)
 
 
 def test_inpainting_keeps_the_sources_latents_and_pixels(

@@ -125,7 +125,7 @@ def one_step_task_images(
     # Decoding changes every pixel a little; outside of the hole the source's own pixels stay.
     finished = []
     for image, source, hole in zip(made, images_NHWC, holes, strict=True):
-        finished.append(composite(image, source, hole, feather=0))
+        finished.append(composite(image, source, hole, feather=0, match=True))
     return np.stack(finished)
 
 

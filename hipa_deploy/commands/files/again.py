@@ -39,6 +39,9 @@ def _options_of(parameters: dict[str, Any]) -> str:
         value = parameters.get(name)
         if isinstance(value, int | float) and not isinstance(value, bool):
             options.append(f"--{name} {value}")
+    # An image without the fact is older than the option.
+    if parameters["task"] == "inpaint" and parameters.get("match") is not True:
+        options.append("--no-match")
     for name in ("truncate", "prompt_weights"):
         if parameters.get(name) is True:
             options.append("--" + name.replace("_", "-"))

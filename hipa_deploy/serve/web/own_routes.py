@@ -75,7 +75,13 @@ async def inpaint(request: Request) -> Response:
         image = form.file("image", required=True)
         mask = form.file("mask", required=True)
         return await _images_of(
-            request, fields, "inpaint", image=image, mask=mask, feather=fields.feather
+            request,
+            fields,
+            "inpaint",
+            image=image,
+            mask=mask,
+            feather=fields.feather,
+            match=fields.match,
         )
 
 

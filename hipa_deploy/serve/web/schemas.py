@@ -164,10 +164,12 @@ class InpaintFields(GenerateFields):
 
     Attributes:
         feather: width of the seam, in pixels.
+        match: shift the colours of the new part, so that they meet those around it.
 
     """
 
     feather: Annotated[int, Field(ge=0, le=4096)] = DEFAULT_FEATHER
+    match: bool = True
 
 
 class UpscaleFields(OwnFields):

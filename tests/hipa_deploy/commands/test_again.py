@@ -207,7 +207,14 @@ def test_the_doctor_gives_json(run: Callable[..., str], capsys: pytest.CaptureFi
     ("made", "options"),
     [
         ({"task": "edit", "strength": 0.6}, "--height 64 --width 64 --seed 3 --strength 0.6"),
-        ({"task": "inpaint", "feather": 8}, "--height 64 --width 64 --seed 3 --feather 8"),
+        (
+            {"task": "inpaint", "feather": 8, "match": True},
+            "--height 64 --width 64 --seed 3 --feather 8",
+        ),
+        (
+            {"task": "inpaint", "feather": 8},
+            "--height 64 --width 64 --seed 3 --feather 8 --no-match",
+        ),
         ({"task": "upscale", "overlap": 16, "truncate": True}, "--overlap 16 --truncate"),
     ],
 )

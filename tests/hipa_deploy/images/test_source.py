@@ -41,7 +41,7 @@ def test_an_edits_source() -> None:
 
 def test_an_inpaintings_source_hides_the_hole_and_finishes_with_the_original() -> None:
     source = inpaint_source(
-        bundle("inpaint"), IMAGE_HWC, MASK_HW, feather=0, height=None, width=None
+        bundle("inpaint"), IMAGE_HWC, MASK_HW, feather=0, match=False, height=None, width=None
     )
     np.testing.assert_array_equal(source.image_HWC, hide_hole(IMAGE_HWC, MASK_HW))
     assert source.mask_1hw is not None

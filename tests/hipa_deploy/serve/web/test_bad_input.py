@@ -237,6 +237,7 @@ BOTH = ["image", "mask"]
         (INPAINT, {}, ["image"], "missing_required_parameter", "mask"),
         (INPAINT, {}, ["mask"], "missing_required_parameter", "image"),
         (INPAINT, {"feather": "-1"}, BOTH, "invalid_value", "feather"),
+        (INPAINT, {"match": "a little"}, BOTH, "invalid_value", "match"),
         (OPENAI, {"model": "tiny-edit"}, BOTH, "invalid_value", "mask"),
         (OPENAI, {"model": "tiny-inpaint"}, ["image"], "invalid_request", None),
         (OPENAI, {}, ["image"], "missing_required_parameter", "model"),
