@@ -353,7 +353,7 @@ async function start() {
     showError(problem);
     tryAgain = () => location.reload();
   }
-  while (problem?.code === "unreachable") {
+  while (problem && isAway(problem)) {
     service("down");
     await pause();
     problem = await meetService();
@@ -387,6 +387,11 @@ async function meetService() {
   return null;
 }
 
+/** Whether a service is not there: nobody answers, or a proxy before it says so. */
+function isAway(problem) {
+  return problem.code === "unreachable" || [502, 503, 504].includes(problem.status);
+}
+
 /** The time between two questions whether the service is there, or ready. */
 function pause() {
   return new Promise((resolve) => setTimeout(resolve, 1000));
@@ -415,7 +420,7 @@ async function untilReady() {
       answers = true;
     } catch (error) {
       // Until it answers again: one that cannot load its models has ended.
-      answers = error.code !== "unreachable";
+      answers = !isAway(error);
       if (!answers) service("down");
     }
   }

@@ -162,19 +162,27 @@ def test_a_service_that_ends_while_it_loads(page: Any, server: Server) -> None:
 
 def test_a_service_that_comes_late_is_met_without_a_reload(page: Any, tmp_path: Path) -> None:
     is_there = False
+    has_proxy = False
     a_png = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(a_png)
 
     def answer(route: Any) -> None:
         if is_there:
             route.continue_()
+        elif has_proxy:
+            proxied.append(route)
+            route.fulfill(status=502, body="<html>Bad gateway</html>")
         else:
             route.abort()
 
+    proxied: list[Any] = []
     page.route("**/page/about", answer)
     page.reload()
     page.wait_for_selector("#service[data-state=down]")
     assert "does not answer" in error_of(page)
+    has_proxy = True
+    while not proxied:
+        page.wait_for_timeout(20)
     page.fill("#prompt", PROMPT)
     page.keyboard.press("Enter")
     assert "does not answer yet" in error_of(page)
