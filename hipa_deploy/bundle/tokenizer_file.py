@@ -21,9 +21,9 @@ _MAX_INSERTED = 4  # characters that a normaliser may put in for each one that i
 _MAX_REPLACEMENTS = 4
 _MAX_WORDS = 10_000  # rules of embeddings, of all together
 _MAX_VECTORS = 75  # of an embedding, as many as a prompt of 77 tokens has
-# What stands for the vectors of embeddings (``hipa_deploy.models.lora.embeddings``): Unicode's
-# supplementary private use area A.
-_PRIVATE = range(0xF0000, 0xFFFFE)
+# What stands for the vectors of embeddings (``hipa_deploy.models.clip_tokenizer``): Unicode's
+# supplementary private use area A, which nobody types.
+PRIVATE = range(0xF0000, 0xFFFFE)
 _MAX_REPEATS = 3  # unlimited repetitions in one alternative of a pattern
 # Parts of the file that decide how a prompt is read, besides the vocabulary.
 _STEPS = ("normalizer", "pre_tokenizer", "post_processor")
@@ -71,7 +71,7 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
             yield f"it has an added token of {len(value)} characters"
 
     words: list[dict[str, Any]] = []
-    steps = [_without_words(content.get(name), words) for name in _STEPS]
+    steps = [without_words(content.get(name), words) for name in _STEPS]
     if len(words) > _MAX_WORDS:
         yield f"it has {len(words)} words of embeddings, expected at most {_MAX_WORDS}"
     values = list(_values(steps))
@@ -93,7 +93,7 @@ def _problems(content: dict[str, Any]) -> Iterator[str]:
         yield f"it replaces characters {replacements} times"
 
 
-def _without_words(value: Any, words: list[dict[str, Any]]) -> Any:
+def without_words(value: Any, words: list[dict[str, Any]]) -> Any:
     """``value`` without the rules that stand for words of embeddings, which go to ``words``.
 
     Such a rule replaces a text by private characters. No other such rule replaces these, so a
@@ -105,10 +105,10 @@ def _without_words(value: Any, words: list[dict[str, Any]]) -> Any:
             if _is_word(entry):
                 words.append(entry)
             else:
-                kept.append(_without_words(entry, words))
+                kept.append(without_words(entry, words))
         return kept
     if isinstance(value, dict):
-        return {name: _without_words(entry, words) for name, entry in value.items()}
+        return {name: without_words(entry, words) for name, entry in value.items()}
     return value
 
 
@@ -125,8 +125,8 @@ def _is_word(rule: Any) -> bool:
         return False
     if not 1 <= len(word) <= _MAX_TEXT or not 1 <= len(inserted) <= _MAX_VECTORS:
         return False
-    is_plain = not any(ord(letter) in _PRIVATE for letter in word)
-    return is_plain and all(ord(letter) in _PRIVATE for letter in inserted)
+    is_plain = not any(ord(letter) in PRIVATE for letter in word)
+    return is_plain and all(ord(letter) in PRIVATE for letter in inserted)
 
 
 def _numbers(table: Any) -> Iterator[float]:

@@ -6,14 +6,27 @@ and drops control characters, U+200B and the joiners of emoji. The fast one (``C
 keeps them, as OpenAI's own does apart from ftfy's repairs
 (https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py). A bundle runs the fast one's
 Rust part, so training reads the fast one too.
+
+An embedding of textual inversion gives a prompt a new word. One word may have several vectors.
+diffusers then has the tokens TOKEN, TOKEN_1, TOKEN_2, and its ``maybe_convert_prompt`` writes all
+of them where a prompt has TOKEN. Here the tokenizer does so itself: a rule of its normalizer
+replaces the word by the tokens of its vectors, whose names are characters of Unicode's private use.
+So ``tokenizer.json`` alone reads a prompt rightly.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
+from hipa_deploy.bundle.tokenizer_file import (
+    MAX_TOKENIZER,
+    PRIVATE,
+    tokenizer_problem,
+    without_words,
+)
 from hipa_deploy.disk.reading import check_file, read_text
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.generate.tokenizer import PromptTokenizer
@@ -32,13 +45,17 @@ def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenize
     made. Its length is the smaller of ``model_max_length`` and the text encoder's number of
     positions: published folders leave the former out, or give 10**30.
 
+    A folder that was saved with embeddings has their words among its added tokens. They are found
+    as diffusers finds them: exactly as they are written, and a word of several vectors is all of
+    them.
+
     Args:
         config: of the model.
         part: 'tokenizer', or 'tokenizer_2' of a model with two text encoders.
 
     Raises:
         HipaError: the files are missing or damaged, cannot be read as a fast tokenizer, have no
-            padding token, or have more tokens than the text encoder.
+            padding token, have more tokens than the text encoder, or have too many added words.
 
     """
     from transformers import CLIPTokenizerFast
@@ -68,7 +85,111 @@ def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenize
         )
     positions = int(encoder["max_position_embeddings"])
     tokenizer.model_max_length = min(int(tokenizer.model_max_length), positions)
+    _use_added_words(tokenizer, folder)
     return tokenizer
+
+
+def words_of(tokenizer: CLIPTokenizerFast) -> dict[str, str]:
+    """The words of embeddings that a tokenizer has, and what each is replaced by: vectors' names.
+
+    Example:
+        >>> words_of(load_tokenizer(ModelConfig.read(Path("stable-diffusion-v1-5"))))
+        {}
+
+    """
+    normalizer: Any = tokenizer.backend_tokenizer.normalizer
+    rules: list[dict[str, Any]] = []
+    if normalizer is not None:
+        without_words(json.loads(normalizer.__getstate__()), rules)
+    return {rule["pattern"]["String"]: rule["content"] for rule in rules}
+
+
+def set_words(tokenizer: CLIPTokenizerFast, words: Mapping[str, str]) -> None:
+    """Replace the words of embeddings in a tokenizer, in place.
+
+    Args:
+        tokenizer: it has added tokens of the names.
+        words: as ``words_of`` has them; they are all that the tokenizer then has.
+
+    """
+    from tokenizers import normalizers
+
+    rust: Any = tokenizer.backend_tokenizer
+    # A rule takes every place where its word stands: TOKEN begins TOKEN_1, and 'bad' 'bad_hands'.
+    # All rules come before lower-casing: a word may have capitals.
+    steps: list[Any] = []
+    for word in sorted(words, key=len, reverse=True):
+        rule = {"type": "Replace", "pattern": {"String": word}, "content": words[word]}
+        steps.append(rule)
+    if rust.normalizer:
+        usual = without_words(json.loads(rust.normalizer.__getstate__()), [])
+        steps += usual["normalizers"] if usual["type"] == "Sequence" else [usual]
+    whole: Any = normalizers.Sequence([])
+    whole.__setstate__(json.dumps({"type": "Sequence", "normalizers": steps}).encode())
+    rust.normalizer = whole
+
+
+def unused_names(vocabulary: Iterable[str], count: int) -> list[str]:
+    """Names for ``count`` vectors that no token of a vocabulary has."""
+    used = [ord(word) for word in vocabulary if len(word) == 1 and ord(word) in PRIVATE]
+    first = max(used, default=PRIVATE.start - 1) + 1
+    return [chr(first + number) for number in range(count)]
+
+
+def _use_added_words(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
+    """Let rules find the words that a folder's tokenizer has beside its vocabulary, in place.
+
+    The library would look for them after lower-casing, and would take the first vector alone.
+
+    Raises:
+        HipaError: they are more, or longer, than a bundle may have.
+
+    """
+    words = _added_words(tokenizer)
+    if not words:
+        return
+    names = dict(zip(words, unused_names(tokenizer.get_vocab(), len(words)), strict=True))
+    replacements = words_of(tokenizer)
+    for word in words:
+        replacements[word] = "".join(names[vector] for vector in _vectors_of(word, names))
+
+    # A token cannot be renamed, and its number is the row of the text encoder. So the tokenizer is
+    # read once more from its own text, with the names in the words' places.
+    rust: Any = tokenizer.backend_tokenizer
+    content = json.loads(rust.to_str())
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    rust.__setstate__(json.dumps(content).encode())
+    set_words(tokenizer, replacements)
+    problem = tokenizer_problem(rust.to_str())
+    if problem:
+        raise HipaError(
+            f"{folder} has words of embeddings that a bundle cannot have: {problem}. Use the model "
+            "without them, and give those that you need with --embedding."
+        )
+
+
+def _added_words(tokenizer: CLIPTokenizerFast) -> list[str]:
+    """The words that somebody added to a tokenizer; the order is that of their numbers."""
+    rust: Any = tokenizer.backend_tokenizer
+    words = []
+    for _, token in sorted(rust.get_added_tokens_decoder().items()):
+        # Those with private characters have their rules already.
+        is_plain = not any(ord(letter) in PRIVATE for letter in token.content)
+        if is_plain and not token.special and not token.single_word:
+            words.append(token.content)
+    if words:
+        vocabulary = rust.get_vocab(with_added_tokens=False)
+        words = [word for word in words if word not in vocabulary]
+    return words
+
+
+def _vectors_of(word: str, added: Mapping[str, str]) -> list[str]:
+    """The tokens of a word's vectors, as diffusers looks for them: WORD, WORD_1, WORD_2."""
+    found = [word]
+    while f"{word}_{len(found)}" in added:
+        found.append(f"{word}_{len(found)}")
+    return found
 
 
 def _check_files(folder: Path) -> None:

@@ -24,7 +24,9 @@ TAESD = "madebyollin/taesd"
 TAESDXL = "madebyollin/taesdxl"
 
 
-def model_folder(name: str, config: str | None = None, vae: str | None = None) -> Path:
+def model_folder(
+    name: str, config: str | None = None, vae: str | None = None, *, needs_vae: bool = True
+) -> Path:
     """Return the diffusers folder of a base model; convert or download the model if necessary.
 
     Args:
@@ -36,6 +38,7 @@ def model_folder(name: str, config: str | None = None, vae: str | None = None) -
             ``hipa_deploy.models.single_file.converted``.
         vae: another VAE for it, a folder or a file: see
             ``hipa_deploy.models.weights.other_vae.with_vae``; None is the model's own.
+        needs_vae: whether a checkpoint without a VAE is refused, where ``vae`` is None.
 
     Raises:
         HipaError: there is no such folder or file and the hub does not provide it, the checkpoint
@@ -44,19 +47,25 @@ def model_folder(name: str, config: str | None = None, vae: str | None = None) -
 
     """
     if vae is not None:
-        from hipa_deploy.models.weights.other_vae import check_there, with_vae
+        from hipa_deploy.models.weights.other_vae import check_vae, with_vae
 
         # Before a checkpoint is converted, which takes minutes.
-        path = check_there(_in_hub_cache(Path(vae)))
-        folder = model_folder(name, config)
+        path = check_vae(_in_hub_cache(Path(vae)))
+        folder = _own_folder(name, config, needs_vae=False)
         return with_vae(folder, path, Path(model_name(name, folder)).name)
+    return _own_folder(name, config, needs_vae=needs_vae)
+
+
+def _own_folder(name: str, config: str | None, *, needs_vae: bool) -> Path:
+    """Return the folder of a model as it came; ``needs_vae`` as for ``single_file.converted``."""
     path = Path(name)
     if path.is_file():
         # A conversion needs torch, which a bundle runs without.
         from hipa_deploy.models.single_file import converted
 
         # A folder of configurations may be in the hub's cache too.
-        return converted(path, config and str(_in_hub_cache(Path(config))))
+        place = config and str(_in_hub_cache(Path(config)))
+        return converted(path, place, needs_vae=needs_vae)
     if config is not None:
         raise HipaError(
             f"--config is for a checkpoint in one file, and {name} is not one. Omit --config."

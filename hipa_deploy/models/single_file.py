@@ -94,11 +94,12 @@ TEXT_TO_IMAGE = 4  # channels of a UNet's input: the latents
 CHANNELS = (TEXT_TO_IMAGE, 9)  # for inpainting, noise, mask and source
 # The names of precisions in safetensors and in torch.
 DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+EXPECTED = "Expected an SD 1.x, 2.x or SDXL checkpoint"
 # The shape of every tensor in a file, by name.
 Shapes = dict[str, tuple[int, ...]]
 
 
-def converted(checkpoint: Path, config: str | None = None) -> Path:
+def converted(checkpoint: Path, config: str | None = None, *, needs_vae: bool = True) -> Path:
     """Return the diffusers folder of a checkpoint of SD 1.x, 2.x or SDXL; convert it once.
 
     The folder is found again by the contents of the checkpoint and of the configurations. Weights
@@ -110,6 +111,8 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
             torch reads without running code of it.
         config: one of ``MODELS``, or a diffusers folder whose configurations and tokenizer are
             used; None for SD 1.x and SDXL, which the weights tell.
+        needs_vae: whether a file without a VAE is refused. Otherwise its folder has the
+            configuration of one, and no weights: another VAE takes that place (``--vae``).
 
     Raises:
         HipaError: the file holds something else, is damaged or incomplete; or ``config`` is
@@ -122,6 +125,7 @@ def converted(checkpoint: Path, config: str | None = None) -> Path:
     """
     shapes = _read_shapes(checkpoint)
     _check_kind(checkpoint, shapes)
+    _check_parts(checkpoint, shapes, needs_vae=needs_vae)
     config = _choose_config(checkpoint, shapes, config)
     _check_prediction(checkpoint, config)
     _check_marks(checkpoint, shapes, config)
@@ -216,9 +220,7 @@ def _current_name(name: str) -> str:
 
 
 def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
-    """Check that a file holds a complete text-to-image model of SD 1.x, 2.x or SDXL."""
-    expected = "Expected an SD 1.x, 2.x or SDXL checkpoint"
-
+    """Check that a file holds the UNet of a text-to-image model of SD 1.x, 2.x or SDXL."""
     # The kinds that people mistake for such a checkpoint get a message of their own.
     if any(name.startswith(REFINER) for name in shapes):
         raise HipaError(
@@ -229,11 +231,11 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
         lora = any("lora" in name for name in shapes)
         if lora:
             raise HipaError(
-                f"model {checkpoint} holds LoRA weights, not a model. {expected} in the original "
+                f"model {checkpoint} holds LoRA weights, not a model. {EXPECTED} in the original "
                 f"layout. Give that as --model, and this as --lora {checkpoint}."
             )
         raise HipaError(
-            f"model {checkpoint} has no weight {FIRST_LAYER}. {expected} in the original layout."
+            f"model {checkpoint} has no weight {FIRST_LAYER}. {EXPECTED} in the original layout."
         )
 
     # The first convolution's weight is [320, channels, 3, 3].
@@ -261,13 +263,30 @@ def _check_kind(checkpoint: Path, shapes: Shapes) -> None:
             "which are not read. Use the model in float16, bfloat16 or float32."
         )
 
-    # Files of a UNet alone are common too: their VAE and text encoder would be random.
-    for part, prefix in _parts_of(shapes).items():
-        if not any(name.startswith(prefix) for name in shapes):
-            raise HipaError(
-                f"model {checkpoint} has no {part} (no weight {prefix}…). "
-                f"{expected} with all its parts."
-            )
+
+def _check_parts(checkpoint: Path, shapes: Shapes, *, needs_vae: bool) -> None:
+    """Check that a file has all parts of a model.
+
+    Files of a UNet alone are common too: their VAE and text encoder would be random.
+    """
+    lacking = [part for part in _parts_of(shapes) if not _has_part(shapes, part)]
+    if lacking == ["vae"]:
+        if not needs_vae:
+            return
+        raise HipaError(
+            f"model {checkpoint} has no vae (no weight {PARTS['vae']}…). Give the VAE that it was "
+            "made with: --vae FILE_OR_FOLDER."
+        )
+    if lacking:
+        raise HipaError(
+            f"model {checkpoint} has no {lacking[0]} (no weight {_parts_of(shapes)[lacking[0]]}…). "
+            f"{EXPECTED} with all its parts."
+        )
+
+
+def _has_part(shapes: Iterable[str], part: str) -> bool:
+    prefix = _parts_of(shapes)[part]
+    return any(name.startswith(prefix) for name in shapes)
 
 
 def _parts_of(shapes: Iterable[str]) -> dict[str, str]:
@@ -278,7 +297,6 @@ def _parts_of(shapes: Iterable[str]) -> dict[str, str]:
 
 def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
     """Return the configuration to convert with: one of ``MODELS``, or a diffusers folder."""
-    # A folder is taken as it is: diffusers finds out whether it fits the weights.
     if config is not None and config not in MODELS:
         if not (Path(config) / INDEX).is_file():
             names = ", ".join(MODELS)
@@ -288,20 +306,15 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
             )
         for path in Path(config).rglob("*.json"):
             check_file(path, MAX_TOKENIZER, "Copy the model again.")  # they are hashed below
+        _check_folder(checkpoint, shapes, Path(config))
         return config
 
     # The width of the text context tells SD 1.x (768) from SD 2.x (1024) and SDXL (2048); SDXL and
     # its relatives are told apart by the number of their transformers.
-    attention = shapes.get(CROSS_ATTENTION) or shapes.get(SDXL_CROSS_ATTENTION, ())
-    width = attention[1] if len(attention) == 2 else 0
+    width = _context_width(shapes)
     channels = shapes[FIRST_LAYER][1]
-    transformers = sum(TRANSFORMER.fullmatch(name) is not None for name in shapes)
-    fitting = []
-    for name in MODELS:
-        if (context_width(name), input_channels(name)) != (width, channels):
-            continue
-        if transformer_count(name) in (None, transformers):
-            fitting.append(name)
+    transformers = _count_transformers(shapes)
+    fitting = _fitting(shapes)
     fitting = _with_same_marks(checkpoint, shapes, fitting, config)
     if config in fitting:
         return str(config)
@@ -334,6 +347,69 @@ def _choose_config(checkpoint: Path, shapes: Shapes, config: str | None) -> str:
             f"alike. Say which it is: --config {' or --config '.join(fitting)}."
         )
     return fitting[0]
+
+
+def _count_transformers(shapes: Shapes) -> int:
+    return sum(TRANSFORMER.fullmatch(name) is not None for name in shapes)
+
+
+def _fitting(shapes: Shapes) -> list[str]:
+    """The names of those of ``MODELS`` whose UNet takes what a checkpoint's takes."""
+    taken = (_context_width(shapes), shapes[FIRST_LAYER][1])
+    fitting = []
+    for name in MODELS:
+        if (context_width(name), input_channels(name)) != taken:
+            continue
+        if transformer_count(name) in (None, _count_transformers(shapes)):
+            fitting.append(name)
+    return fitting
+
+
+def _context_width(shapes: Shapes) -> int:
+    """The width of a checkpoint's text contexts; 0 where its UNet has none in the usual places."""
+    attention = shapes.get(CROSS_ATTENTION) or shapes.get(SDXL_CROSS_ATTENTION, ())
+    return attention[1] if len(attention) == 2 else 0
+
+
+def _any_context_width(shapes: Shapes) -> int:
+    """The width of the text contexts of any transformer; 0 where there is none."""
+    for name, shape in shapes.items():
+        if TRANSFORMER.fullmatch(name) and len(shape) == 2:
+            return shape[1]
+    return 0
+
+
+def _check_folder(checkpoint: Path, shapes: Shapes, folder: Path) -> None:
+    """Check that a folder of configurations is of a checkpoint's kind, as far as its header shows.
+
+    Whether it fits every weight is found out in the conversion.
+
+    Raises:
+        HipaError: it is of another kind, or cannot be read.
+
+    """
+    config = ModelConfig.read(folder)
+    has_text_pair = _parts_of(shapes) is SDXL_PARTS
+    if config.has_text_pair != has_text_pair:
+        kinds = ("one text encoder", "two text encoders, as SDXL has")
+        raise HipaError(
+            f"--config {folder} has {kinds[config.has_text_pair]}, and the checkpoint "
+            f"{kinds[has_text_pair]}. Name the model that it was made from."
+        )
+    channels = shapes[FIRST_LAYER][1]
+    width = _any_context_width(shapes)
+    got = f"{channels} channels"
+    own = f"{config.unet['in_channels']} channels"
+    own_width = config.unet["cross_attention_dim"]
+    if width and isinstance(own_width, int):
+        got += f" and text contexts that are {width} wide"
+        own += f" and text contexts that are {own_width} wide"
+    if got != own:
+        choices = " or --config ".join([*_fitting(shapes), "FOLDER"])
+        raise HipaError(
+            f"model {checkpoint}: its UNet takes {got}, and that of --config {folder} takes {own}. "
+            f"Name the model that it was made from: --config {choices}."
+        )
 
 
 def _with_same_marks(
@@ -428,17 +504,21 @@ def _convert(checkpoint: Path, config: str, shapes: Shapes, out: Path) -> None:
 
     logging.disable_progress_bar()
     # The safety checker is a model of its own, which no command uses.
-    unused = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    unused: dict[str, Any] = {"safety_checker": None, "feature_extractor": None}
+    unused["requires_safety_checker"] = False
     kind: Any = StableDiffusionPipeline
     parts = _parts_of(shapes)
     if parts is SDXL_PARTS:
         kind = StableDiffusionXLPipeline
         unused = {"feature_extractor": None, "image_encoder": None, "add_watermarker": False}
+    has_vae = _has_part(shapes, "vae")
+    if not has_vae:
+        unused["vae"] = None
     with new_folder(out) as scratch:
         if config in MODELS:
             write_config(config, scratch)
         else:
-            _copy_config(Path(config), scratch, has_text_pair=parts is SDXL_PARTS)
+            _copy_config(Path(config), scratch)
         rewritten = _with_current_names(checkpoint, scratch)
         # Wrong shapes and missing parts meet errors of every kind.
         with as_line(
@@ -453,6 +533,8 @@ def _convert(checkpoint: Path, config: str, shapes: Shapes, out: Path) -> None:
             )
 
         for part, prefix in parts.items():
+            if part == "vae" and not has_vae:
+                continue
             module = getattr(pipe, part)
             _check_complete(checkpoint, part, module)
             _check_all_used(checkpoint, config, part, module, shapes)
@@ -468,9 +550,18 @@ def _convert(checkpoint: Path, config: str, shapes: Shapes, out: Path) -> None:
             raise HipaError(
                 f"model {checkpoint} cannot be stored in {out.parent}: {first_line(error)}"
             ) from None
+        if not has_vae:
+            _list_vae(scratch)
 
 
-def _copy_config(folder: Path, out: Path, *, has_text_pair: bool) -> None:
+def _list_vae(folder: Path) -> None:
+    """List the VAE that a folder has the configuration of: diffusers leaves out what it has not."""
+    index = read_config(folder, INDEX)
+    index["vae"] = ["diffusers", "AutoencoderKL"]
+    write_files({INDEX: index}, folder)
+
+
+def _copy_config(folder: Path, out: Path) -> None:
     """Write the configurations and the tokenizer of a user's model into ``out``.
 
     diffusers imports the libraries that a model_index.json names, and believes the numbers in the
@@ -480,12 +571,6 @@ def _copy_config(folder: Path, out: Path, *, has_text_pair: bool) -> None:
     from transformers import CLIPTextConfig
 
     config = ModelConfig.read(folder)
-    if config.has_text_pair != has_text_pair:
-        kinds = ("one text encoder", "two text encoders, as SDXL has")
-        raise HipaError(
-            f"--config {folder} has {kinds[config.has_text_pair]}, and the checkpoint "
-            f"{kinds[has_text_pair]}. Name the model that it was made from."
-        )
     for part in config.text_parts:
         name = part.replace("text_encoder", "tokenizer")
         load_tokenizer(config, name)

@@ -101,7 +101,8 @@ def base_of_adaptor(
                 "Give --model, a folder or a hub id."
             )
         model = NAME
-    folder = model_folder(model, config)
+    # Its UNet and its licence are asked for; the VAE may have come from elsewhere (--vae).
+    folder = model_folder(model, config, needs_vae=False)
     name = model_name(model, folder)
     return _base(name, folder, hub_id, licence)
 
@@ -128,7 +129,7 @@ def base_of_bundle(
     """
     if model is None:
         return _base(info.name, None, hub_id, licence)
-    folder = model_folder(model, config)
+    folder = model_folder(model, config, needs_vae=False)
     # Another model may have another licence.
     if not has_identity(folder / "unet", info.sha256):
         raise HipaError(

@@ -154,7 +154,8 @@ def _open_adaptor(folder: Path, wishes: Wishes) -> Publication:
     named = (wishes.model, wishes.base_model, wishes.licence, wishes.config)
     base = base_of_adaptor(metadata, *named)
     if wishes.model is not None:
-        read_metadata(folder, model_folder(wishes.model, wishes.config))  # refuses another model
+        model = model_folder(wishes.model, wishes.config, needs_vae=False)
+        read_metadata(folder, model)  # refuses another model
 
     def finish(published: Path) -> str:
         write_peft_files(published, metadata, base.hub_id)

@@ -6,10 +6,8 @@ encoders of SDXL one file has ``clip_l`` and ``clip_g``, as kohya's scripts and 
 ones write it; or each encoder has a file of one of the other formats, as of diffusers'
 textual_inversion_sdxl.py.
 
-One word may have several vectors. diffusers then has the tokens TOKEN, TOKEN_1, TOKEN_2, and its
-``maybe_convert_prompt`` writes all of them where a prompt has TOKEN. Here the tokenizer does so
-itself: a rule of its normalizer replaces the word by the tokens of its vectors, whose names are
-characters of Unicode's private use. So ``tokenizer.json`` alone reads a prompt rightly.
+One word may have several vectors. How a tokenizer reads such a word:
+``hipa_deploy.models.clip_tokenizer``.
 
 Shape suffixes: N vectors, D width of the text encoder.
 """
@@ -18,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from hipa_deploy.bundle.manifest import EmbeddingInfo
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError
+from hipa_deploy.models.clip_tokenizer import set_words, unused_names, words_of
 from hipa_deploy.models.kind import SECOND
 from hipa_deploy.models.lora.early_lora import SDXL_KEYS, is_for_both
 from hipa_deploy.models.lora.tensor_file import finite, load_pickled, read_tensors
@@ -36,8 +36,6 @@ from hipa_deploy.models.weights.weight_file import PICKLED, SAFETENSORS
 if TYPE_CHECKING:
     from transformers import CLIPTokenizerFast, PreTrainedModel
 
-# The first name of a vector: the supplementary private use area A, which nobody types.
-FIRST_NAME = 0xF0000
 FIRST = "text_encoder"
 MOST_LETTERS = 200
 MOST_VECTORS = 75  # a prompt of 77 tokens, without its first and last
@@ -257,10 +255,11 @@ def _only(path: Path, content: Mapping[str, Any]) -> tuple[str, Tensor]:
 
 
 def add_tokens(tokenizer: CLIPTokenizerFast, embeddings: Sequence[Embedding]) -> list[list[int]]:
-    """Add embeddings' tokens to ``tokenizer``, in place. It must have had none added before.
+    """Add embeddings' tokens to ``tokenizer``, in place.
 
     A prompt's word is replaced exactly as it is written, upper and lower case included, wherever it
-    stands. Where one word begins another, the longer one is found, whatever their order.
+    stands. Where one word begins another, the longer one is found, whatever their order, and
+    whether they are new or the model's own.
 
     Returns:
         For each embedding the id of each vector: the rows that the text encoder needs.
@@ -269,39 +268,40 @@ def add_tokens(tokenizer: CLIPTokenizerFast, embeddings: Sequence[Embedding]) ->
         HipaError: one of the tokens is a word of the tokenizer already.
 
     """
-    from tokenizers import AddedToken, normalizers
+    from tokenizers import AddedToken
 
     vocabulary = tokenizer.get_vocab()
+    words = words_of(tokenizer)
     for embedding in embeddings:
         for token in embedding.tokens:
-            if token in vocabulary or f"{token.lower()}</w>" in vocabulary:
+            is_taken = token in vocabulary or token in words
+            if is_taken or f"{token.lower()}</w>" in vocabulary:
                 raise HipaError(
                     f"--embedding {embedding.path}: {token!r} is a word of the model already. "
-                    f"Give another token after a colon: {embedding.path}:<{token.strip('<>')}>."
+                    f"Give another token after a colon: {_other_token(embedding, words)}."
                 )
 
     rust: Any = tokenizer.backend_tokenizer
-    used = sum(1 for word in vocabulary if len(word) == 1 and ord(word) >= FIRST_NAME)
-    replacements: dict[str, str] = {}
+    every = sum(len(embedding.vectors_ND) for embedding in embeddings)
+    unused = iter(unused_names(vocabulary, every))
     ids = []
     for embedding in embeddings:
-        # Names that nobody has used yet; normalized, because they are looked for after the rules.
-        count = len(embedding.vectors_ND)
-        names = [chr(FIRST_NAME + used + number) for number in range(count)]
-        used += count
+        names = list(islice(unused, len(embedding.vectors_ND)))
+        # Normalized, because they are looked for after the rules.
         rust.add_tokens([AddedToken(name, normalized=True, special=False) for name in names])
         # TOKEN is all vectors, TOKEN_1 the second alone, as in diffusers.
-        replacements |= dict(zip(embedding.tokens[1:], names[1:], strict=True))
-        replacements[embedding.token] = "".join(names)
+        words |= dict(zip(embedding.tokens[1:], names[1:], strict=True))
+        words[embedding.token] = "".join(names)
         ids.append([rust.token_to_id(name) for name in names])
-
-    # A rule takes every place where its word stands: TOKEN begins TOKEN_1, and 'bad' 'bad_hands'.
-    # All rules come before lower-casing: a token may have capitals.
-    words = sorted(replacements, key=len, reverse=True)
-    rules = [normalizers.Replace(word, replacements[word]) for word in words]
-    usual = [rust.normalizer] if rust.normalizer else []
-    rust.normalizer = normalizers.Sequence([*rules, *usual])
+    set_words(tokenizer, words)
     return ids
+
+
+def _other_token(embedding: Embedding, taken: Mapping[str, str]) -> str:
+    """What to write for an embedding whose token is taken: its file and another token."""
+    plain = embedding.token.replace("<", "").replace(">", "")
+    token = f"<{plain}-2>" if f"<{plain}>" in taken else f"<{plain}>"
+    return f"{embedding.path}:{token}"
 
 
 @torch.no_grad()

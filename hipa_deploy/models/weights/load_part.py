@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.weights.early_check import known_shapes
-from hipa_deploy.models.weights.part_config import build, read_config
+from hipa_deploy.models.weights.part_config import NOT_FUSED, build, read_config
 from hipa_deploy.models.weights.weight_file import each_tensor
 from hipa_deploy.models.weights.weight_files import current_name, find_weights
 from hipa_deploy.models.weights.weight_identity import COMPUTED, check_types
@@ -38,6 +38,8 @@ ORIGINAL = (
     "encoder.down.",
     "decoder.up.",
 )
+# What peft puts into the names of weights that a LoRA is loaded beside.
+BESIDE_LORA = (".base_layer.", ".lora_A.", ".lora_B.")
 TEXT_LAYER = re.compile(r"(?:text_model\.)?encoder\.layers\.(\d+)\..*")
 
 
@@ -200,6 +202,8 @@ def _check_fit(
             f'{type(module).__name__}.from_single_file(FILE, config="{where}")'
             ".save_pretrained(FOLDER)."
         )
+    if missing and any(part in name for name in stored for part in BESIDE_LORA):
+        raise HipaError(f"{where} {NOT_FUSED}")
     if missing:
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise HipaError(f"{where}: weight {missing[0]}{more} missing. Copy the model again.")

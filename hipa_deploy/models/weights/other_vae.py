@@ -44,26 +44,34 @@ TINY = ("0.weight", "1.weight", "encoder.layers.0.weight", "decoder.layers.1.wei
 SAME = ("latent_channels", "in_channels", "out_channels", "scaling_factor", "shift_factor")
 
 
-def check_there(vae: Path) -> Path:
-    """Return the path of a VAE; nothing is read.
+def check_vae(vae: Path) -> Path:
+    """Return the path of a VAE, after a check of what can be known of it without the model.
 
     Raises:
-        HipaError: there is nothing.
+        HipaError: there is nothing, or no VAE.
 
     """
+    _check_there(vae)
+    if vae.is_dir():
+        _part_of(vae)
+    else:
+        _shapes(vae)
+    return vae
+
+
+def _check_there(vae: Path) -> None:
     if not vae.exists():
         raise HipaError(
             f"--vae {vae} does not exist. Expected a file of a VAE's weights, or an AutoencoderKL "
             "folder."
         )
-    return vae
 
 
 def with_vae(model: Path, vae: Path, name: str) -> Path:
     """Return a folder of links to a model's parts, with another VAE in the place of its own.
 
     Args:
-        model: a diffusers folder.
+        model: a diffusers folder; of its own VAE the configuration is enough.
         vae: an AutoencoderKL folder, a model's folder that has one, or a file of a VAE's weights:
             in the original layout, alone or in a whole checkpoint, or by diffusers' names.
         name: what the model is called; the folder has it in its name.
@@ -79,9 +87,12 @@ def with_vae(model: Path, vae: Path, name: str) -> Path:
     if vae.is_dir():
         part = _part_of(vae)
         _check_same(model, part)
-        called = part.parent.name if part.name == PART else part.name
+        # A relative path may have no parent in it.
+        place = part.resolve()
+        called = place.parent.name if place.name == PART else place.name
     else:
-        part = _converted(model, check_there(vae))
+        _check_there(vae)
+        part = _converted(model, vae)
         called = vae.stem
     return _linked(model, part, f"{name} with {called}")
 

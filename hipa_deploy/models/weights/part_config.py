@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from torch import nn
 
 AGAIN = "Copy the model again."
+# What diffusers and peft save where a LoRA is loaded and not fused, and what to do about it.
+ADAPTER = "adapter_config.json"
+NOT_FUSED = (
+    "was saved with a LoRA that is loaded and not fused. Call pipe.fuse_lora() and "
+    "pipe.unload_lora_weights() before pipe.save_pretrained(FOLDER); or give the model without "
+    "it, and the LoRA with --lora."
+)
 MAX_CONFIG = MIB  # bytes; published ones have a few thousand
 _MAX_TEXT = 200  # characters of a value
 _MAX_VALUES = 100  # in a list, with the lists within it
@@ -71,6 +78,8 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / name
     if not path.exists():
+        if path.with_name(ADAPTER).exists():
+            raise HipaError(f"{path.parent} {NOT_FUSED}")
         raise HipaError(
             f"{folder}: no readable {name} in it. Expected a StableDiffusionPipeline folder."
         )

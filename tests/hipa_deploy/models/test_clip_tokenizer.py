@@ -13,13 +13,20 @@ from typing import Any
 
 import pytest
 import regex
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import CLIPTokenizerFast
+from transformers import CLIPTokenizer, CLIPTokenizerFast
 
+from hipa_deploy.bundle.tokenizer_file import tokenizer_problem
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.tokenizer import PromptTokenizer
-from hipa_deploy.models.clip_tokenizer import load_tokenizer, prompt_tokenizer
+from hipa_deploy.models.clip_tokenizer import (
+    load_tokenizer,
+    prompt_tokenizer,
+    rust_tokenizer,
+    words_of,
+)
 from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.model_config import ModelConfig
 from tests.tiny_model import make_model
@@ -207,3 +214,86 @@ def test_more_tokens_than_the_text_encoder_has(tmp_path: Path) -> None:
     edit(folder / "text_encoder/config.json", vocab_size=500)
     with pytest.raises(HipaError, match="514 tokens, the text encoder 500"):
         load_tokenizer(ModelConfig.read(folder))
+
+
+# As diffusers adds them: three vectors of one word, two of another, and words of one vector, of
+# which one begins the other.
+ADDED = ("<Cat>", "<Cat>_1", "<Cat>_2", "EasyBad", "EasyBad_1", "bad_Hands", "bad_Hands5", "Ünï")
+PROMPTS = [
+    "a photo of <Cat> in red",
+    "<Cat>",
+    "a<Cat>s, <Cat>!",
+    "no <cat> and no <CAT> here",
+    "one <Cat>_1 alone, one<Cat>_2.",
+    "EasyBad, easybad, EASYBAD",
+    "bad_Hands bad_Hands5 bad_hands",
+    "bad_Hands55",
+    "Ünï ünï ÜNÏ",
+    "plain words",
+    "",
+]
+
+
+def add_words(folder: Path, words: tuple[str, ...], part: str = "tokenizer") -> CLIPTokenizer:
+    """Save a model's tokenizer with the words of embeddings, as a pipeline of diffusers does."""
+    slow = CLIPTokenizer.from_pretrained(folder, subfolder=part)
+    slow.add_tokens(list(words))
+    slow.save_pretrained(folder / part)
+    encoder = part.replace("tokenizer", "text_encoder")
+    edit(folder / encoder / "config.json", vocab_size=len(slow))
+    return slow
+
+
+@pytest.mark.parametrize("text", PROMPTS, ids=repr)
+def test_words_that_a_folder_was_saved_with_are_those_of_diffusers(copy: Path, text: str) -> None:
+    slow = add_words(copy, ADDED)
+    converted = TextualInversionLoaderMixin().maybe_convert_prompt(text, slow)
+    expected = slow(converted, padding="max_length", max_length=77).input_ids
+    tokenizer = load_tokenizer(ModelConfig.read(copy))
+    assert ids(tokenizer, text) == expected
+    # The file alone knows the words: what a bundle has.
+    assert prompt_tokenizer(tokenizer)([text])[0].tolist() == expected
+
+
+def test_words_of_the_second_tokenizer(tmp_path: Path) -> None:
+    folder = write_config("sdxl", tmp_path / "sdxl")
+    add_words(folder, ADDED, "tokenizer_2")
+    config = ModelConfig.read(folder)
+    assert ids(load_tokenizer(config, "tokenizer_2"), "<Cat>")[1:4] == [49408, 49409, 49410]
+    assert words_of(load_tokenizer(config)) == {}
+
+
+def test_words_in_a_tokenizer_json(copy: Path) -> None:
+    """The fast tokenizer's own file, with the words as anybody adds them and as ours has them."""
+    fast = CLIPTokenizerFast.from_pretrained(copy, subfolder="tokenizer")
+    fast.add_tokens(list(ADDED))
+    fast.save_pretrained(copy / "tokenizer")
+    edit(copy / "text_encoder/config.json", vocab_size=len(fast))
+    first = load_tokenizer(ModelConfig.read(copy))
+    assert ids(first, "<Cat> <cat>")[1:4] == [49408, 49409, 49410]
+    first.save_pretrained(copy / "tokenizer")
+    (copy / "tokenizer/added_tokens.json").unlink(missing_ok=True)
+    again = load_tokenizer(ModelConfig.read(copy))
+    assert words_of(again) == words_of(first)
+    assert [ids(again, text) for text in PROMPTS] == [ids(first, text) for text in PROMPTS]
+
+
+@pytest.mark.parametrize(("name", "part"), [("sd15", "tokenizer"), ("sdxl", "tokenizer_2")])
+def test_a_folder_without_added_words_is_as_transformers_has_it(
+    tmp_path: Path, name: str, part: str
+) -> None:
+    folder = write_config(name, tmp_path / name)
+    expected = CLIPTokenizerFast.from_pretrained(folder, subfolder=part)
+    ours = load_tokenizer(ModelConfig.read(folder), part)
+    assert ours.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+
+
+def test_a_word_of_too_many_vectors(copy: Path) -> None:
+    add_words(copy, ("<x>", *(f"<x>_{number}" for number in range(1, 76))))
+    with pytest.raises(HipaError, match=r"words of embeddings that a bundle cannot have: .* 76 "):
+        load_tokenizer(ModelConfig.read(copy))
+    (copy / "tokenizer/added_tokens.json").unlink()
+    edit(copy / "tokenizer/tokenizer_config.json", added_tokens_decoder={})
+    add_words(copy, ("<x>", *(f"<x>_{number}" for number in range(1, 75))))
+    text = rust_tokenizer(load_tokenizer(ModelConfig.read(copy))).to_str()
+    assert tokenizer_problem(text) is None

@@ -80,6 +80,41 @@ def test_a_folder_of_the_other_kind_is_refused(folder: Path, tmp_path: Path) -> 
         model_folder(str(checkpoint), str(folder))
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"in_channels": 9}, r"takes 4 channels.* that of --config .* takes 9 channels"),
+        ({"cross_attention_dim": 32}, r"text contexts that are 16 wide, .* that are 32 wide\."),
+    ],
+)
+def test_a_folder_of_another_unet_is_refused_before_the_conversion(
+    folder: Path, tmp_path: Path, cache: Path, values: dict[str, int], words: str
+) -> None:
+    """diffusers' own words are of options that no command has."""
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    path = other / "unet/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    text = other / "text_encoder/config.json"
+    width = json.loads(path.read_text())["cross_attention_dim"]
+    text.write_text(json.dumps(json.loads(text.read_text()) | {"hidden_size": width}))
+    checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
+    with pytest.raises(HipaError, match=words + r".*: --config FOLDER\."):
+        model_folder(str(checkpoint), str(other))
+    assert not cache.exists()
+
+
+def test_an_inpainting_checkpoint_with_a_folder_of_a_plain_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    stored = load_file(write_checkpoint(folder, tmp_path / "mine.safetensors"))
+    first = stored[FIRST_LAYER]
+    stored[FIRST_LAYER] = torch.cat([first, first, first[:, :1]], dim=1)
+    stored[CROSS_ATTENTION] = torch.zeros(16, 768)
+    save_file(stored, tmp_path / "mine.safetensors")
+    with pytest.raises(HipaError, match=r"--config sd15-inpainting or --config FOLDER\."):
+        model_folder(str(tmp_path / "mine.safetensors"), str(folder))
+
+
 def test_what_guidance_leads_away_from_is_the_folders(tmp_path: Path) -> None:
     folder = make_sdxl(tmp_path / "model")
     index = json.loads((folder / "model_index.json").read_text())

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hipa_deploy.embedded import ADAPTORS, MODEL
@@ -19,6 +20,7 @@ from hipa_deploy.export.merge import merge_adaptor
 from hipa_deploy.models.adaptor_folder import METADATA
 from hipa_deploy.publish.base_model import check_hub_id
 from hipa_deploy.publish.folders import Wishes, open_publication
+from tests.original_layout import write_checkpoint
 
 from .conftest import PNG, front_matter, written
 
@@ -235,3 +237,18 @@ def test_what_a_model_in_one_file_is_of(adaptor: Path, model_with_licence: Path)
         wishes = Wishes("me/one-step", str(model_with_licence), config="sd21-v")
         with pytest.raises(HipaError, match="--config is for a checkpoint in one file"):
             open_publication(str(source), wishes)
+
+
+@pytest.mark.parametrize("source", ["adaptor", "emoji-bundle"])
+def test_a_model_in_one_file_without_a_vae(
+    adaptor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """It was trained and exported with --vae; of the model the UNet alone is asked for."""
+    monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
+    whole = load_file(write_checkpoint(MODEL, tmp_path / "whole.safetensors"))
+    checkpoint = tmp_path / "noVAE.safetensors"
+    save_file(
+        {n: w for n, w in whole.items() if not n.startswith("first_stage_model.")}, checkpoint
+    )
+    wishes = Wishes("me/one-step", str(checkpoint), config=str(MODEL))
+    open_publication(str(adaptor) if source == "adaptor" else source, wishes)

@@ -137,3 +137,29 @@ def test_a_word_that_is_taken(model_dir: Path, tmp_path: Path) -> None:
     embedding = read_embedding(EmbeddingChoice(tmp_path / "a.safetensors"), WIDTH)
     with pytest.raises(HipaError, match=r"'a' is a word of the model already\. .*:<a>\."):
         add_tokens(tokenizer, [embedding])
+
+
+def test_an_embedding_beside_those_that_a_folder_was_saved_with(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    save_file({"<Cat>": vectors(3)}, tmp_path / "cat.safetensors")
+    save_file({"<Cat>_big": vectors(2)}, tmp_path / "big.safetensors")
+    pipe = StableDiffusionPipeline.from_pretrained(model_dir)
+    pipe.load_textual_inversion(str(tmp_path / "cat.safetensors"))
+    pipe.save_pretrained(tmp_path / "saved")
+    pipe.load_textual_inversion(str(tmp_path / "big.safetensors"))
+
+    tokenizer = load_tokenizer(ModelConfig.read(tmp_path / "saved"))
+    encoder = CLIPTextModel.from_pretrained(tmp_path / "saved", subfolder="text_encoder")
+    big = read_embedding(EmbeddingChoice(tmp_path / "big.safetensors"), WIDTH)
+    cat = read_embedding(EmbeddingChoice(tmp_path / "cat.safetensors"), WIDTH)
+    with pytest.raises(HipaError, match=r"'<Cat>' is a word of the model already\. .*:<Cat-2>\."):
+        add_tokens(tokenizer, [cat])
+    (ids,) = add_tokens(tokenizer, [big])
+    add_rows(encoder, big, ids)
+    for text in [*TEXTS, "a <Cat>_big one", "<cat>_big <Cat>"]:
+        tokens = tokenizer([text], padding="max_length", max_length=77, return_tensors="pt")
+        expected, _ = pipe.encode_prompt(text, "cpu", 1, do_classifier_free_guidance=False)
+        with torch.no_grad():
+            got = encoder(tokens.input_ids)[0]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
@@ -178,6 +184,22 @@ def test_weights_of_another_model_are_found_before_an_export_begins(
     options = ExportOptions(model=str(copy), out=copy.parent / "bundle")
     with pytest.raises(HipaError, match=rf"{part}: weight \S+ is missing"):
         export_bundle(options)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_lora_that_was_loaded_and_not_fused(model: Path, tmp_path: Path, part: str) -> None:
+    """diffusers saves it in the names of the UNet's weights, transformers in a file of its own."""
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    targets = ["to_q"] if part == "unet" else ["q_proj"]
+    getattr(pipe, part).add_adapter(LoraConfig(r=2, target_modules=targets))
+    pipe.save_pretrained(tmp_path / "saved")
+    words = rf"{part} was saved with a LoRA .* not fused\. Call pipe\.fuse_lora\(\) .* --lora\."
+    with pytest.raises(HipaError, match=words):
+        load_part(KINDS[part], tmp_path / "saved" / part)
+    out = tmp_path / "bundle"
+    with pytest.raises(HipaError, match=words):
+        export_bundle(ExportOptions(model=str(tmp_path / "saved"), out=out))
+    assert not out.exists()
 
 
 def test_several_missing_weights_are_counted(copy: Path) -> None:

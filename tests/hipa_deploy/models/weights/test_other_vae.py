@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import model_folder, unpacked
 from tests.original_layout import vae_names, write_checkpoint
 from tests.tiny_model import make_model
+from tests.tiny_sdxl import make_sdxl
 
 NAME = "diffusion_pytorch_model.safetensors"
 PLACE = "diffusers"
@@ -130,6 +131,72 @@ def test_a_folder_whose_model_was_moved_is_made_again(
     (out / "vae").symlink_to(tmp_path / "nowhere")
     assert model_folder(str(copy), vae=str(file)) == out
     assert same(load_file(out / "vae" / NAME), other)
+
+
+@pytest.mark.parametrize("is_sdxl", [False, True], ids=["sd", "sdxl"])
+@pytest.mark.parametrize("kind", ["original", "folder"])
+def test_a_checkpoint_without_a_vae(
+    model: Path, other: dict[str, torch.Tensor], tmp_path: Path, kind: str, is_sdxl: bool
+) -> None:
+    """As fine-tunes are published: the VAE has a file of its own."""
+    source = make_sdxl(tmp_path / "sdxl") if is_sdxl else model
+    whole = load_file(write_checkpoint(source, tmp_path / "whole.safetensors"))
+    checkpoint = tmp_path / "noVAE.safetensors"
+    save_file(
+        {n: w for n, w in whole.items() if not n.startswith("first_stage_model.")}, checkpoint
+    )
+    with pytest.raises(HipaError, match=r"has no vae .*: --vae FILE_OR_FOLDER\."):
+        model_folder(str(checkpoint), str(source))
+
+    weights = {
+        name: weight + 0.1 * torch.randn_like(weight)
+        for name, weight in load_file(source / "vae" / NAME).items()
+    }
+    file = write(kind, weights, source, tmp_path)
+    out = model_folder(str(checkpoint), str(source), str(file))
+    assert out.name == "noVAE with my vae"
+    assert same(load_file(out / "vae" / NAME), weights)
+    unet = load_file(source / "unet" / NAME)
+    assert same(load_file(out / "unet" / NAME), unet)
+    # diffusers takes the folder as any other.
+    pipe = DiffusionPipeline.from_pretrained(out, local_files_only=True)
+    assert same(dict(pipe.vae.state_dict()), weights)
+    # Without the option the conversion is no model.
+    with pytest.raises(HipaError, match="has no vae"):
+        model_folder(str(checkpoint), str(source))
+
+
+def test_a_unet_alone_lacks_more_than_a_vae(model: Path, tmp_path: Path) -> None:
+    whole = load_file(write_checkpoint(model, tmp_path / "whole.safetensors"))
+    unet = {name: w for name, w in whole.items() if name.startswith("model.diffusion_model.")}
+    save_file(unet, tmp_path / "unet.safetensors")
+    with pytest.raises(HipaError, match=r"has no vae .* with all its parts"):
+        model_folder(str(tmp_path / "unet.safetensors"), str(model), str(model / "vae"))
+
+
+def test_a_wrong_file_is_refused_before_the_checkpoint_is_converted(
+    model: Path, tmp_path: Path
+) -> None:
+    checkpoint = write_checkpoint(model, tmp_path / "mine.safetensors")
+    AutoencoderTiny().save_pretrained(tmp_path / "tiny")
+    wrong = {
+        model / "unet" / NAME: "holds no VAE",
+        tmp_path / "tiny" / NAME: "tiny autoencoder",
+        tmp_path / "tiny": "--decoder",
+        model / "unet": "Expected AutoencoderKL",
+    }
+    for vae, words in wrong.items():
+        with pytest.raises(HipaError, match=words):
+            model_folder(str(checkpoint), str(model), str(vae))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_name_of_a_relative_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model / "vae", tmp_path / "mse" / "vae")
+    monkeypatch.chdir(tmp_path / "mse")
+    assert model_folder(str(model), vae="vae").name == "tiny with mse"
 
 
 def changed(model: Path, folder: Path, **values: object) -> Path:
