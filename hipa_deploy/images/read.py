@@ -6,6 +6,7 @@ Shapes: H, W height and width in pixels; C = 3 colour channels.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import threading
 import warnings
@@ -299,9 +300,12 @@ def _as_pillow(
                 _check_pixels(source)
                 return _upright(source, colours_of)
         check_file(Path(source), MAX_FILE, "Expected an image file.")
-        with quiet_pillow(), Image.open(source, formats=_formats()) as image:
-            _check_pixels(image)
-            return _upright(image, colours_of)
+        try:
+            with quiet_pillow(), Image.open(source, formats=_formats()) as image:
+                _check_pixels(image)
+                return _upright(image, colours_of)
+        except Image.DecompressionBombError as error:
+            raise HipaError(bomb_in_words(error)) from None
 
 
 def _lock_of(image: Image.Image) -> threading.Lock:
@@ -313,6 +317,16 @@ def _formats() -> list[str]:
     """The formats that are read."""
     Image.init()
     return [name for name in Image.ID if name not in _NOT_READ]
+
+
+def bomb_in_words(error: Image.DecompressionBombError) -> str:
+    """What to say of an image that Pillow does not open, since it has more than 179 megapixels."""
+    # Pillow tells the number of pixels, but neither width nor height.
+    number = re.search(r"[0-9]+(?= pixels)", str(error))
+    count = number[0] if number else "too many"
+    return (
+        f"the image has {count} pixels. Expected 1 to {MAX_PIXELS} pixels in all. Make it smaller."
+    )
 
 
 def _check_pixels(image: Image.Image) -> None:
