@@ -95,13 +95,15 @@ def profile_layers(pipeline: OneStepPipeline, prompt: str) -> dict[str, tuple[La
 def stage_inputs(pipeline: OneStepPipeline, prompt: str) -> dict[str, Inputs]:
     """The feed of every stage for one batch of ``prompt``, in the order in which the stages run.
 
+    A prompt that is too long is cut.
+
     Returns:
         By stage, arrays by the name of the input, with the shapes and dtypes of the bundle.
 
     """
     manifest = pipeline.bundle.manifest
     source = example_source(pipeline.bundle)
-    tensors = pipeline.tensors(prompt, source=source, seed=0, count=manifest.batch)
+    tensors = pipeline.tensors(prompt, source=source, seed=0, count=manifest.batch, truncate=True)
 
     feeds = {}
     for name, runner in pipeline.runners.items():

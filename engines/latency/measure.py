@@ -108,9 +108,9 @@ def profile_pipeline(
             ``MAX_RUNS`` of them. A valid figure needs 100 runs and 10 seconds
             (``engines/latency/validity.py``).
         prompt: one prompt for all runs, so that all but the first use the cached text context. By
-            default every run has a new prompt, the bundle's reference prompt with a number behind
-            it, so that the text encoder runs each time. A bundle with baked prompts takes them in
-            turn. The report says which of the three was measured.
+            default every run has a new prompt, a number and behind it the bundle's reference
+            prompt, so that the text encoder runs each time. What then is too long is cut. A bundle
+            with baked prompts takes them in turn. The report says which of the three was measured.
         layers: also profile every stage layer by layer, after the timed runs.
         console: where the progress bar is drawn; standard error by default.
         root: the folder that stands for '/' when the machine's state is read; for tests.
@@ -132,9 +132,9 @@ def profile_pipeline(
     machine = Machine(root, device.gpu.name if device.gpu else None, find_gpu_address())
 
     # The first run and the warm-up. Every run has a number of its own: its seed, and its prompt.
-    first = _time_run(pipeline, prompts.text(0), 0)
+    first = _time_run(pipeline, prompts, 0)
     for number in range(1, 1 + warmup):
-        _time_run(pipeline, prompts.text(number), number)
+        _time_run(pipeline, prompts, number)
 
     # The timed runs, with the state of the machine read right before and right after them.
     before = machine.read()
@@ -142,11 +142,11 @@ def profile_pipeline(
     with Watch(machine if on_gpu else None) as watch:
         timed = []
         for number in _with_progress(range(1 + warmup, 1 + warmup + runs), console):
-            timed.append(_time_run(pipeline, prompts.text(number), number))
+            timed.append(_time_run(pipeline, prompts, number))
         took = sum(run.host[END_TO_END] for run in timed)
         while took < seconds and len(timed) < MAX_RUNS:
             number = 1 + warmup + len(timed)
-            timed.append(_time_run(pipeline, prompts.text(number), number))
+            timed.append(_time_run(pipeline, prompts, number))
             took += timed[-1].host[END_TO_END]
     state = machine.state(before, machine.read())
 
@@ -206,7 +206,8 @@ class _RunPrompts:
     Attributes:
         description: what the report says of the prompts.
         texts: prompts that the runs take in turn.
-        numbered: the run's number is put behind its prompt, so that no two prompts are the same.
+        numbered: the run's number is put before its prompt, so that no two prompts are the same.
+            Before it, because the end is cut off where the two are too long together.
 
     """
 
@@ -217,7 +218,7 @@ class _RunPrompts:
     def text(self, number: int) -> str:
         """The prompt of run ``number``, counted from 0."""
         text = self.texts[number % len(self.texts)]
-        return f"{text} {number}" if self.numbered else text
+        return f"{number} {text}" if self.numbered else text
 
 
 def _run_prompts(bundle: Bundle, prompt: str | None) -> _RunPrompts:
@@ -229,14 +230,22 @@ def _run_prompts(bundle: Bundle, prompt: str | None) -> _RunPrompts:
     return _RunPrompts("a new prompt every run", [reference_prompt(bundle)], numbered=True)
 
 
-def _time_run(pipeline: OneStepPipeline, prompt: str, number: int) -> _Run:
+def _time_run(pipeline: OneStepPipeline, prompts: _RunPrompts, number: int) -> _Run:
     """Time one full batch; ``number`` is its seed, and that of its source image if it has one."""
     timer = StageTimer(pipeline.runners)
     # Drawn before the clock starts: a user's source image is there already.
     source = example_source(pipeline.bundle, number)
+    prompt = prompts.text(number)
 
     started = time.perf_counter()
-    pipeline(prompt, source=source, seed=number, count=pipeline.bundle.manifest.batch, timer=timer)
+    pipeline(
+        prompt,
+        source=source,
+        seed=number,
+        count=pipeline.bundle.manifest.batch,
+        truncate=prompts.numbered,
+        timer=timer,
+    )
     host = {**timer.seconds, END_TO_END: time.perf_counter() - started}
 
     device = dict(timer.device_seconds)

@@ -97,6 +97,9 @@ def _caption(report: LatencyReport) -> str:
         f"throughput {report.throughput_images_per_second:.2f} images/s; {memory_text(report)}."
     ]
 
+    if conditions.low_memory:
+        lines.append("Low memory: end to end contains the loading of stages, the stages do not.")
+
     # A terminal is small: what is not known is left out here. The HTML page has it.
     known = []
     for name, value in state_facts(conditions):

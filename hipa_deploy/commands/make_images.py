@@ -185,7 +185,14 @@ def make_images(
 
     with (
         load_pipeline(
-            bundle, backend, adaptor, low_memory, files.watermark, verify=verify, cache=cache
+            bundle,
+            backend,
+            adaptor,
+            low_memory,
+            files.watermark,
+            verify=verify,
+            cache=cache,
+            refine=refine is not None,
         ) as pipe,
         _refining(refine is not None) as progress,
     ):
@@ -211,8 +218,11 @@ def load_pipeline(
     *,
     verify: bool = False,
     cache: bool = True,
+    refine: bool = False,
 ) -> OneStepPipeline:
     """Load a bundle with an adaptor, and say in one line how the stages share little memory.
+
+    With ``refine`` the line names the base UNet, which then runs in place of the bundle's.
 
     Raises:
         HipaError: the bundle cannot be loaded here, or the adaptor does not fit it.
@@ -232,7 +242,11 @@ def load_pipeline(
     try:
         if low_memory:
             # In words: 'text_encoder, then unet + vae_decoder'.
-            console.print(f"low memory: {pipe.stages}", markup=False, highlight=False)
+            stages = str(pipe.stages)
+            if refine:
+                # It is released before the decoder is loaded, even where the two would fit.
+                stages = stages.replace("unet + ", "unet, then ").replace("unet", "base UNet")
+            console.print(f"low memory: {stages}", markup=False, highlight=False)
         if adaptor is not None:
             pipe.swap_adaptor(adaptor)
     except BaseException:

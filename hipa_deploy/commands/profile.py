@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,11 @@ from hipa_deploy.commands.options import (
     VerifyOption,
     console,
 )
+
+if TYPE_CHECKING:
+    from hipa_deploy.bundle.folder import Bundle
+
+_UNMARKED = "the bundle's watermark is not in the times: it does not fit into an image of this size"
 
 
 class Metric(str, Enum):
@@ -104,10 +109,15 @@ def profile(
     if roofline is not None:
         prediction = predict_roofline(opened, roofline)
 
-    with load_pipeline(bundle, backend, None, low_memory, verify=verify, cache=cache) as pipe:
+    too_small = _is_too_small_for_watermark(opened)
+    with load_pipeline(
+        bundle, backend, None, low_memory, False if too_small else None, verify=verify, cache=cache
+    ) as pipe:
         report = profile_pipeline(
             pipe, runs=runs, seconds=seconds, warmup=warmup, layers=layers, console=console
         )
+        if too_small:
+            report = report.model_copy(update={"warnings": (*report.warnings, _UNMARKED)})
         if prediction:
             report = with_roofline(report, prediction)
         else:
@@ -127,6 +137,17 @@ def profile(
         Console().print(render_layers(stage, times))
     if report.roofline:
         Console().print(render_roofline(report.roofline))
+
+
+def _is_too_small_for_watermark(bundle: Bundle) -> bool:
+    """Whether the bundle wants a watermark, and its own size has no room for it.
+
+    Of one that enlarges images, the size is that of a tile. The whole image carries the watermark.
+    """
+    from hipa_deploy.marks.watermark import LEAST_SIDE
+
+    step = bundle.manifest.one_step
+    return bundle.manifest.marks.watermark and min(step.height, step.width) < LEAST_SIDE
 
 
 def profile_compare(

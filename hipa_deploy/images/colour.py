@@ -242,6 +242,8 @@ def _without_alpha(image: Image.Image) -> Image.Image:
     elif image.mode in ("CMYK", "LAB"):
         return image
     else:
+        if image.has_transparency_data:  # of a palette with alpha Pillow warns on the direct way
+            image = image.convert("RGBA")
         plain = image.convert("RGB")
     plain.info.pop("transparency", None)
     return plain

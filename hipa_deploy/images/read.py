@@ -6,6 +6,7 @@ Shapes: H, W height and width in pixels; C = 3 colour channels.
 from __future__ import annotations
 
 import os
+import re
 import struct
 import threading
 import warnings
@@ -21,6 +22,7 @@ from hipa_deploy.disk.quiet_pillow import quiet_pillow
 from hipa_deploy.disk.reading import MIB, check_file
 from hipa_deploy.errors import HipaError, HipaWarning, as_line
 from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
+from hipa_deploy.images.key_colour import decode
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -48,7 +50,8 @@ def read_image(source: ImageSource) -> np.ndarray:
 
     - A file or a Pillow image is turned upright as its EXIF orientation says.
     - Of an animation the current frame is read; for a file that is the first one.
-    - Transparent pixels are shown over white.
+    - Transparent pixels are shown over white. The transparent level of a PNG with grey of 2 or 4
+      bits is lost if the Pillow image was decoded before: Pillow no longer tells its depth.
     - Colours become sRGB, as the file's ICC profile says, or the colour chunks of a PNG, or EXIF's
       Adobe RGB (``hipa_deploy/images/colour.py``). Without any of these the numbers are taken as
       sRGB, those of CMYK as Pillow converts them.
@@ -133,8 +136,8 @@ def read_mask(source: ImageSource) -> np.ndarray:
         if image.mode in ("La", "RGBa"):
             image = image.convert(image.mode.upper())
         if image.has_transparency_data:
-            alpha_HW = np.asarray(image.convert("RGBA").getchannel("A"))
-            least_alpha = min(least_alpha, int(alpha_HW.min()))
+            image = image.convert("RGBA")
+            least_alpha = min(least_alpha, int(np.asarray(image.getchannel("A")).min()))
         # Through RGB, because Pillow converts not every mode to "L" directly.
         mask_HW[rows] = np.asarray(image.convert("RGB").convert("L")) >= 128
     if least_alpha < 128:
@@ -146,6 +149,19 @@ def read_mask(source: ImageSource) -> np.ndarray:
             stacklevel=2,
         )
     return mask_HW
+
+
+def alpha_of(image: Image.Image) -> np.ndarray:
+    """How opaque the pixels of a decoded image are, by its alpha channel or transparent colour.
+
+    Args:
+        image: as ``key_colour.decode`` leaves it.
+
+    Returns:
+        uint8 [H, W]; 255 is opaque.
+
+    """
+    return np.asarray(_eight_bits(image, "image").convert("RGBA").getchannel("A"))
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
@@ -284,9 +300,12 @@ def _as_pillow(
                 _check_pixels(source)
                 return _upright(source, colours_of)
         check_file(Path(source), MAX_FILE, "Expected an image file.")
-        with quiet_pillow(), Image.open(source, formats=_formats()) as image:
-            _check_pixels(image)
-            return _upright(image, colours_of)
+        try:
+            with quiet_pillow(), Image.open(source, formats=_formats()) as image:
+                _check_pixels(image)
+                return _upright(image, colours_of)
+        except Image.DecompressionBombError as error:
+            raise HipaError(bomb_in_words(error)) from None
 
 
 def _lock_of(image: Image.Image) -> threading.Lock:
@@ -298,6 +317,16 @@ def _formats() -> list[str]:
     """The formats that are read."""
     Image.init()
     return [name for name in Image.ID if name not in _NOT_READ]
+
+
+def bomb_in_words(error: Image.DecompressionBombError) -> str:
+    """What to say of an image that Pillow does not open, since it has more than 179 megapixels."""
+    # Pillow tells the number of pixels, but neither width nor height.
+    number = re.search(r"[0-9]+(?= pixels)", str(error))
+    count = number[0] if number else "too many"
+    return (
+        f"the image has {count} pixels. Expected 1 to {MAX_PIXELS} pixels in all. Make it smaller."
+    )
 
 
 def _check_pixels(image: Image.Image) -> None:
@@ -317,7 +346,7 @@ def _check_pixels(image: Image.Image) -> None:
 def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, ColourSpace | None]:
     """Decode an image and turn it as its EXIF orientation says; find out its colour space."""
     with _quiet(image), _not_mapped(image):
-        image.load()
+        decode(image)
     # Before it is turned: Pillow then writes its EXIF data anew.
     space = colour_space(image, colours_of) if colours_of is not None else None
     _check_integers(image)

@@ -53,12 +53,19 @@ class FileMarks:
 
 
 def is_image_file(path: Path) -> bool:
-    """Whether a file starts as PNG, WebP and JPEG files do."""
+    """Whether a file starts as PNG, WebP and JPEG files do.
+
+    Raises:
+        HipaError: the file may not be read.
+
+    """
     try:
         if not path.is_file():
             return False
         with path.open("rb") as file:
             start = file.read(12)
+    except PermissionError:
+        raise HipaError(f"{path} is not readable. Give yourself the right to read it.") from None
     except OSError:
         return False
     return start.startswith(_STARTS) or (start[:4] == b"RIFF" and start[8:] == b"WEBP")

@@ -12,7 +12,8 @@ from PIL import Image
 
 from hipa_deploy.disk.quiet_pillow import quiet_pillow
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.read import turned_upright
+from hipa_deploy.images.key_colour import decode
+from hipa_deploy.images.read import alpha_of, turned_upright
 
 Format = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -97,8 +98,8 @@ def mask_of_alpha(image: Image.Image, what: str) -> np.ndarray:
                 f"the {what} has no alpha channel. Expected one that is transparent where the "
                 "image is to be repainted."
             )
-        image.load()
-        alpha_HW = np.asarray(turned_upright(image).convert("RGBA"))[..., 3]
+        decode(image)
+        alpha_HW = alpha_of(turned_upright(image))
     except HipaError:
         raise
     except Exception:

@@ -270,6 +270,7 @@ class BatchPipeline(ClosesAtExit):
         source: Source | None = None,
         seed: int = 0,
         count: int = 1,
+        truncate: bool = False,
         prompt_weights: bool | None = None,
     ) -> Tensors:
         """Every tensor along the path of one batch, by name: for checks and profiles of a stage.
@@ -287,7 +288,7 @@ class BatchPipeline(ClosesAtExit):
         requests = JobMaker(self.bundle, prompts, self._marker)
         batches = BatchMaker(self.bundle, self.backend, self._loaded, prompts)
         pairs = check_pairs(self._one_batch(prompt, seed, count))
-        jobs = requests.jobs(pairs, source=source, prompt_weights=prompt_weights)
+        jobs = requests.jobs(pairs, source=source, truncate=truncate, prompt_weights=prompt_weights)
         return path_tensors(self.bundle, self._loaded, batches, jobs)
 
     def _one_batch(self, prompt: str, seed: int, count: int) -> list[tuple[str, int]]:

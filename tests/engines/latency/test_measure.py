@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import shutil
 import time
 from pathlib import Path
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from hipa_deploy import embedded
-from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.bundle.folder import MANIFEST, Bundle
 from hipa_deploy.bundle.manifest import ModelInfo
 from hipa_deploy.bundle.reference import REFERENCE_PROMPTS
+from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.engines.backends.available import Backend, describe_device
 from hipa_deploy.engines.latency import measure
 from hipa_deploy.engines.latency.html_page import render_page
@@ -69,8 +71,9 @@ class StubPipeline:
         self.runners: dict[str, SimpleNamespace] = {}
         self.prompts: list[str] = []
 
-    def __call__(self, prompt, *, source, seed, count, timer):
+    def __call__(self, prompt, *, source, seed, count, truncate, timer):
         assert source is None
+        assert truncate or not prompt[0].isdigit()
         assert count == self.bundle.manifest.batch
         if prompt not in self.prompts:
             with timer("text_encoder"):
@@ -91,7 +94,7 @@ def pipeline(tmp_path: Path) -> StubPipeline:
 
 def test_the_first_run_is_apart_and_prompts_differ(pipeline):
     report = profile_pipeline(pipeline, runs=6, warmup=2, console=QUIET)
-    assert pipeline.prompts == [f"a cat {number}" for number in range(9)]
+    assert pipeline.prompts == [f"{number} a cat" for number in range(9)]
     assert report.stages.keys() == {"text_encoder", "unet"}
     assert report.stages["unet"].first_ms >= 50 > report.stages["unet"].p50_ms >= 2
     assert report.end_to_end.runs == 6
@@ -111,7 +114,7 @@ def test_it_goes_on_for_as_long_as_it_is_told_and_says_whether_the_figures_count
     report = profile_pipeline(pipeline, runs=3, warmup=0, seconds=0.1, console=QUIET)
     assert report.end_to_end.runs > 10
     assert 0.1 <= report.validity.seconds < 0.2
-    assert pipeline.prompts[-1] == f"a cat {report.end_to_end.runs}"
+    assert pipeline.prompts[-1] == f"{report.end_to_end.runs} a cat"
     assert not report.validity.valid
     assert "at least 10 s are needed" in " ".join(report.validity.reasons)
     assert report.validity.steadiness is None  # no GPU took part
@@ -137,8 +140,26 @@ def test_seconds_out_of_range_are_refused(pipeline):
 
 def test_the_new_prompts_of_the_embedded_bundle():
     prompts = _run_prompts(Bundle.open(embedded.BUNDLE), None)
-    assert prompts.text(0) == "3d emoji of a red apple 0"
-    assert prompts.text(57) == "3d emoji of a red apple 57"
+    assert prompts.text(0) == "0 3d emoji of a red apple"
+    assert prompts.text(57) == "57 3d emoji of a red apple"
+
+
+def test_a_reference_prompt_that_fills_the_context(tmp_path):
+    """With the number it is too long. It is cut, and still new in every run."""
+    root = shutil.copytree(embedded.BUNDLE, tmp_path / "bundle")
+    prompt = f"3d emoji of a red apple{68 * ' apple'}"
+    content = json.dumps({"prompts": [prompt], "seeds": [0]})
+    (root / REFERENCE_PROMPTS).write_text(content, encoding="utf-8")
+    manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"][REFERENCE_PROMPTS] = file_sha256(root / REFERENCE_PROMPTS)
+    (root / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    with OneStepPipeline.load(root, "onnxruntime") as pipe:
+        with pytest.raises(HipaError, match="the prompt has 78 tokens"):
+            pipe(f"{prompt} 1")
+        report = profile_pipeline(pipe, runs=11, warmup=0, layers=True, console=QUIET)
+    # The text encoder ran in every run, so no two prompts were the same.
+    assert report.stages["text_encoder"].runs == 11
+    assert report.layers["text_encoder"]
 
 
 def test_a_bundle_without_a_reference_has_no_prompt_to_measure(tmp_path):

@@ -145,3 +145,10 @@ def test_a_report_of_schema_1_can_be_shown_in_a_terminal():
     console = Console(file=io.StringIO(), width=170)
     console.print(render_table(read_report(path)))
     assert "end to end" in console.file.getvalue()
+
+
+def test_with_low_memory_the_caption_says_which_times_contain_the_loading():
+    low = a_report(conditions=CONDITIONS.model_copy(update={"low_memory": True}))
+    line = "end to end contains the loading of stages, the stages do not"
+    assert line in render_table(low).caption
+    assert line not in render_table(a_report()).caption

@@ -45,6 +45,17 @@ def test_the_images_are_those_of_the_pipeline(
     assert "the same image, pixel for pixel" in capsys.readouterr().err
 
 
+def test_low_memory_names_the_base_unet(
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["generate", root, PROMPT, "--refine", "2", "--low-memory"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--backend", "onnxruntime", "--out", str(tmp_path / "x.png")])
+    assert not stopped.value.code
+    line = "low memory: text_encoder, then base UNet, then vae_decoder\n"
+    assert capsys.readouterr().err.count(line) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

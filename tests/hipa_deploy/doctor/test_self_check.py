@@ -14,6 +14,7 @@ from hipa_deploy.commands.app import main
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.doctor.self_check import check_bundle, check_pipeline
 from hipa_deploy.errors import HipaError
+from tests.served import tiny_bundles
 
 
 @pytest.fixture
@@ -107,6 +108,16 @@ def test_a_reference_that_cannot_be_read(copy: Path, content: str) -> None:
     (copy / REFERENCE_PROMPTS).write_text(content)
     with pytest.raises(HipaError, match="reference cannot be read"):
         check_bundle(sign(copy, REFERENCE_PROMPTS), "onnxruntime")
+
+
+@pytest.mark.parametrize("task", ["tiny-upscale", "tiny"])
+def test_a_watermark_that_is_too_large_for_the_bundle_s_own_size(task: str, tmp_path: Path) -> None:
+    """Of one that enlarges, a tile is too small, and the images of its users are not."""
+    root = tiny_bundles(tmp_path)[task].root
+    manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    manifest["marks"] = {"watermark": True}
+    (root / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    assert check_bundle(Bundle.open(root), "onnxruntime").problems == ()
 
 
 def test_doctor_prints_the_checks(capsys: pytest.CaptureFixture[str]) -> None:

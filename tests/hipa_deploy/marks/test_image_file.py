@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ def test_everything_is_read_again(tmp_path: Path, suffix: str) -> None:
     }
     assert is_image_file(path)
     assert not is_image_file(Path(__file__))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_an_image_that_may_not_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    path.chmod(0)
+    with pytest.raises(HipaError, match=r"x\.png is not readable"):
+        is_image_file(path)
 
 
 @settings(max_examples=30, deadline=None)
