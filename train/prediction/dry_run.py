@@ -136,12 +136,21 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _toml_lines(table: Mapping[str, Any]) -> list[str]:
-    """``key = value`` of a table's own settings: JSON's literals are TOML's for all that occur."""
+    """``key = value`` of a table's own settings."""
     lines = []
     for key, value in table.items():
         if value is not None and not isinstance(value, dict):
-            lines.append(f"{key} = {json.dumps(value)}")
+            lines.append(f"{key} = {_toml_value(value)}")
     return lines
+
+
+def _toml_value(value: Any) -> str:
+    """A value as JSON writes it, but for what TOML reads in another way.
+
+    JSON escapes a character beyond U+FFFF as two surrogates, which TOML refuses: it stays as it is.
+    JSON leaves U+007F as it is, which TOML refuses too.
+    """
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def facts_table(prediction: TrainingPrediction, model_dir: Path, prompts: str) -> Table:

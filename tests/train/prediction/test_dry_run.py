@@ -52,6 +52,12 @@ def test_the_resolved_recipe_is_a_recipe(recipe: Recipe) -> None:
     assert Recipe.model_validate(tomllib.loads(dry_run.to_toml(recipe))) == recipe
 
 
+def test_a_resolved_recipe_with_any_characters_is_read_back(recipe: Recipe) -> None:
+    for name in ("cap\U0001f600.txt", "caf\xe9.txt", "a\x7fb\x01\t\"\\.txt", "a\u2028b.txt"):
+        named = recipe.model_copy(update={"prompts": name})
+        assert Recipe.model_validate(tomllib.loads(dry_run.to_toml(named))) == named
+
+
 def test_a_small_model_is_measured(model_dir: Path, recipe: Recipe) -> None:
     shown, problem = dry_run.dry_run(recipe, model_dir, [Card()])
     text = text_of(shown)
