@@ -53,7 +53,7 @@ def test_the_resolved_recipe_is_a_recipe(recipe: Recipe) -> None:
 
 
 def test_a_resolved_recipe_with_any_characters_is_read_back(recipe: Recipe) -> None:
-    for name in ("cap\U0001f600.txt", "caf\xe9.txt", "a\x7fb\x01\t\"\\.txt", "a\u2028b.txt"):
+    for name in ("cap\U0001f600.txt", "caf\xe9.txt", 'a\x7fb\x01\t"\\.txt', "a\u2028b.txt"):
         named = recipe.model_copy(update={"prompts": name})
         assert Recipe.model_validate(tomllib.loads(dry_run.to_toml(named))) == named
 
