@@ -11,6 +11,7 @@ from hipa_deploy.models.adaptor_folder import (
     WEIGHTS,
     AdaptorMetadata,
     read_metadata,
+    same_signal,
 )
 from hipa_deploy.models.lora.early_lora import check_adaptor_path
 from hipa_deploy.models.weights.early_check import check_tensors
@@ -74,3 +75,10 @@ def _check_together(folders: Sequence[Path], metadata: list[AdaptorMetadata]) ->
                     f"adaptors {folders[0]} and {folder} are for another {what} each. "
                     "Expected adaptors of one model, task and timestep."
                 )
+        # The same weights with another schedule are another model, and its adaptor another step.
+        if not same_signal(other.alpha_bar, first.alpha_bar):
+            raise HipaError(
+                f"adaptors {folders[0]} and {folder} are for another noise schedule each: "
+                f"alpha_bar is {first.alpha_bar:.4g} and {other.alpha_bar:.4g} at timestep "
+                f"{first.timestep}. Expected adaptors of one model, task and timestep."
+            )

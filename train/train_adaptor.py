@@ -57,6 +57,7 @@ from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import (
     PRESETS,
     add_adaptors,
+    check_start,
     load_adaptor_weights,
     save_adaptor,
     without_adaptor,
@@ -95,7 +96,8 @@ def train_adaptor(
         model_dir: Stable Diffusion folder, in the format of diffusers. It is not changed.
         out: The adaptor folder to write. It must not exist, be empty, or be this run's own result
             of fewer steps, which then moves to ``out``.run/finished.
-        initial_adaptor: Adaptor folder to start from, with the recipe's preset, rank and alpha.
+        initial_adaptor: Adaptor folder to start from, with the recipe's preset, rank, alpha and
+            clip skip. The LoRAs that it was trained with must be in ``style``.
         style: LoRAs and embeddings of the teacher and the student alike; the adaptor then needs the
             same LoRAs.
         cache: Folder that keeps teacher pairs between runs. Default: the user's cache.
@@ -126,6 +128,10 @@ def train_adaptor(
 
     # The loss comes before the model: code of a user's own that cannot be used fails now.
     loss = hipa_loss(recipe.loss, alone=not recipe.compares_distributions)
+
+    # Before gigabytes are loaded, and before the teacher's images.
+    if initial_adaptor is not None:
+        check_start(recipe, initial_adaptor, model_dir, style or Style())
 
     # The frozen base model. Only the networks run in the recipe's precision; x0 and the losses stay
     # in float32, because x0 enlarges an error of the UNet's output

@@ -200,7 +200,7 @@ def train(
         if dry_run:
             assert isinstance(chosen, Recipe)  # a decoder's was refused above
             check_dry_run(chosen, folder, initial, style)
-            _dry_run_training(chosen, folder, style, gpus or 1)
+            _dry_run_training(chosen, folder, initial, style, gpus or 1)
         else:
             check_output(out, chosen)
             _train(chosen, folder, out, initial or active, style, log_with or ["tensorboard"])
@@ -288,12 +288,14 @@ def _train(
         typer.echo(path)
 
 
-def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style, processes: int) -> None:
+def _dry_run_training(
+    recipe: Recipe, model_dir: Path, start: Path | None, style: Style, processes: int
+) -> None:
     """Print the resolved recipe and the predicted cost on every GPU that hipa-deploy knows.
 
     Raises:
-        HipaError: the training could not start, for example because its prompts cannot be read, or
-            a LoRA does not fit the model.
+        HipaError: the training could not start, for example because its prompts cannot be read, a
+            LoRA does not fit the model, or the adaptor to start from was trained with others.
 
     """
     from hipa_deploy.train.prediction.dry_run import dry_run
@@ -304,6 +306,10 @@ def _dry_run_training(recipe: Recipe, model_dir: Path, style: Style, processes: 
         from hipa_deploy.models.model_config import ModelConfig
 
         OpenStyle.read(style, ModelConfig.read(model_dir))
+    if start is not None:
+        from hipa_deploy.train.model.unet_adaptor import check_start
+
+        check_start(recipe, start, model_dir, style)
 
     with console.status("predicting"):
         lines, problem = dry_run(recipe, model_dir, training_gpus(), processes)

@@ -220,14 +220,21 @@ def check_schedule(folder: Path, metadata: AdaptorMetadata, config: ModelConfig)
 
     """
     alpha_bar = config.alpha_bar(metadata.timestep)
-    # Sums of 1000 small numbers may differ in their last digits between two computers.
-    if not math.isclose(alpha_bar, metadata.alpha_bar, rel_tol=1e-3, abs_tol=1e-6):
+    if not same_signal(alpha_bar, metadata.alpha_bar):
         raise HipaError(
             f"adaptor {folder} was trained with another noise schedule: alpha_bar is "
             f"{metadata.alpha_bar:.4g} at timestep {metadata.timestep}, and {alpha_bar:.4g} in "
             f"{config.folder}. Correct the betas, or rescale_betas_zero_snr, in its {SCHEDULER}, "
             "or use the configuration of the training (--config)."
         )
+
+
+def same_signal(one: float, other: float) -> bool:
+    """Whether two values of alpha_bar at one timestep are those of one noise schedule.
+
+    Sums of 1000 small numbers may differ in their last digits between two computers.
+    """
+    return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-6)
 
 
 def _other_family(folder: Path, model_folder: Path) -> str:

@@ -157,9 +157,17 @@ def _recipe(metadata: AdaptorMetadata, base: BaseModel) -> dict[str, object]:
     }
     for number, added in enumerate(added_text(metadata.loras, metadata.embeddings), start=1):
         rows[f"added before the training, {number}"] = added
+    rows |= _origin(metadata)
+    # The recipe of an average is that of the first adaptor in it.
+    of = ", of the first adaptor" if _average(metadata) else ""
+    rows["task"] = metadata.task
+    folder = _source_folder(metadata)
+    if folder:
+        rows[f"folder of images{of}"] = folder
+    # Inpainting and super-resolution of a folder have its captions in place of the prompts.
+    if not folder or metadata.task == "edit":
+        rows[f"prompts{of}"] = f"{recipe.get('prompts')} (SHA-256 `{metadata.prompts_sha256}`)"
     rows |= {
-        "task": metadata.task,
-        "prompts": f"{recipe.get('prompts')} (SHA-256 `{metadata.prompts_sha256}`)",
         "image size": f"{metadata.resolution[1]} x {metadata.resolution[0]} pixels",
         "timestep": metadata.timestep,
         "prediction type": metadata.prediction_type,
@@ -168,11 +176,47 @@ def _recipe(metadata: AdaptorMetadata, base: BaseModel) -> dict[str, object]:
     }
     if metadata.strengths:
         rows["strengths"] = ", ".join(f"{strength:g}" for strength in metadata.strengths)
-    for name in ("teacher", "loss", "optimiser", "score", "latent_discriminator"):
+    tables = ["teacher", "loss", "optimiser", "score", "latent_discriminator"]
+    if metadata.task != "generate":
+        tables.insert(0, "source")
+    for name in tables:
         values = recipe.get(name)
         if isinstance(values, dict):
-            rows[f"recipe [{name}]"] = _flat(values)
+            rows[f"recipe [{name}]{of}"] = _flat(values)
     return rows
+
+
+def _origin(metadata: AdaptorMetadata) -> dict[str, object]:
+    """What the adaptor was made of, where it was not trained from scratch."""
+    average = _average(metadata)
+    if average:
+        hashes = ", ".join(f"`{each}`" for each in average["adaptors"])
+        return {
+            "average of": f"{len(average['adaptors'])} adaptors, SHA-256 of their weights {hashes}",
+            "left out by its rank": f"{average['left_out']:.1%} of the average's norm",
+        }
+    if metadata.initial_sha256 is None:
+        return {}
+    count = len(metadata.earlier_prompts_sha256)
+    sets = "1 set" if count == 1 else f"{count} sets"
+    start = f"an adaptor, SHA-256 of its weights `{metadata.initial_sha256}`"
+    return {"started from": f"{start}, trained before on {sets} of prompts"}
+
+
+def _average(metadata: AdaptorMetadata) -> dict[str, Any] | None:
+    """What ``hipa-train --average`` recorded; None for an adaptor that was trained."""
+    average = metadata.recipe.get("average")
+    if not isinstance(average, dict) or not isinstance(average.get("left_out"), float):
+        return None
+    return average if isinstance(average.get("adaptors"), list) else None
+
+
+def _source_folder(metadata: AdaptorMetadata) -> str | None:
+    """The folder of images that was trained on; text to image has none."""
+    source = metadata.recipe.get("source")
+    if metadata.task == "generate" or not isinstance(source, dict):
+        return None
+    return source.get("images")
 
 
 def _flat(values: dict[str, Any]) -> str:
@@ -181,27 +225,85 @@ def _flat(values: dict[str, Any]) -> str:
 
 def _cost(folder: Path, metadata: AdaptorMetadata) -> dict[str, object]:
     recipe = metadata.recipe
+    averaged = _average(metadata) is not None
+    weights = "weights" if averaged else "trained weights"
     rows: dict[str, object] = {
-        "trained weights": f"{_weights(folder / WEIGHTS):,}",
+        weights: f"{_weights(folder / WEIGHTS):,}",
         "size of the adaptor": f"{(folder / WEIGHTS).stat().st_size:,} bytes",
-        "optimiser steps": f"{metadata.steps_trained:,}",
     }
     if metadata.encoder_rank:
         count = _weights(folder / ENCODER_WEIGHTS)
-        rows["trained weights of the VAE's encoder"] = f"{count:,}"
-    batch = recipe.get("batch")
-    if isinstance(batch, int):
-        rows["images seen"] = f"{metadata.steps_trained * batch:,} ({batch} a step)"
-    if "mixed_precision" in recipe:
-        rows["mixed precision"] = recipe["mixed_precision"]
-    teacher = recipe.get("teacher")
-    if isinstance(teacher, dict) and {"pairs", "steps", "guidance"} <= teacher.keys():
-        # Guidance needs the UNet twice a step, with and without the prompt.
-        calls = teacher["steps"] * (2 if teacher["guidance"] > 1 else 1)
-        rows["teacher's images"] = f"{teacher['pairs']:,}, {calls} UNet evaluations each"
+        rows[f"{weights} of the VAE's encoder"] = f"{count:,}"
+    # Steps and images of an average are those of its adaptors, whose recipes may be different ones.
+    if not averaged:
+        alone = ", of this training alone" if metadata.initial_sha256 else ""
+        rows["optimiser steps"] = f"{metadata.steps_trained:,}{alone}"
+        batch = recipe.get("batch")
+        if isinstance(batch, int):
+            rows["images seen"] = f"{metadata.steps_trained * batch:,} ({batch} a step){alone}"
+        if "mixed_precision" in recipe:
+            rows["mixed precision"] = recipe["mixed_precision"]
+        rows |= _teacher_cost(metadata)
     rows["an image now"] = "1 UNet evaluation"
-    rows["hours and device"] = "; ".join(map(_time, metadata.training)) or "not recorded"
+    hours = "; ".join(map(_time, metadata.training)) or "not recorded"
+    if metadata.training and averaged:
+        hours += ", of all its adaptors together"
+    if metadata.training and metadata.initial_sha256:
+        hours += ", of this training alone"
+    rows["hours and device"] = hours
     return rows
+
+
+def _teacher_cost(metadata: AdaptorMetadata) -> dict[str, object]:
+    """What the teacher made for the training."""
+    teacher = metadata.recipe.get("teacher")
+    if not isinstance(teacher, dict) or not {"pairs", "steps", "guidance"} <= teacher.keys():
+        return {}
+    # Guidance needs the UNet twice a step, with and without the prompt.
+    calls = teacher["steps"] * (2 if teacher["guidance"] > 1 else 1)
+    pairs = teacher["pairs"]
+    if metadata.task == "generate" and not _needs_targets(metadata.recipe):
+        # They are made for the sample grid alone.
+        pairs = min(pairs, metadata.recipe.get("samples", pairs))
+    rows: dict[str, object] = {}
+    folder = _source_folder(metadata)
+    if not folder:
+        rows["teacher's images"] = f"{pairs:,}, {calls} UNet evaluations each"
+    if metadata.task == "edit":
+        source = metadata.recipe.get("source")
+        each = source.get("per_image", 1) if isinstance(source, dict) else 1
+        # How many images a folder had is not recorded.
+        count = f"{each:,} of each image" if folder else f"{pairs * each:,}"
+        rows["teacher's edits"] = f"{count}, at most {calls} UNet evaluations each"
+    return rows
+
+
+def _needs_targets(recipe: dict[str, Any]) -> bool:
+    """Whether the loss looks at the teacher's images; a score alone does not.
+
+    A setting that an older recipe lacks counts as one that does.
+    """
+
+    def weight(table: str, name: str, default: float = 0.0) -> float:
+        values = recipe.get(table)
+        return values.get(name, default) if isinstance(values, dict) else default
+
+    if not weight("score", "weight"):
+        return True
+    if weight("latent_discriminator", "weight") or weight("loss", "latent_warmup_steps"):
+        return True
+    has_distance = weight("loss", "perceptual", 1.0) != "none"
+    high_frequency = weight("loss", "fourier_weight", 1.0) + weight("loss", "edge_weight", 1.0)
+    terms = (
+        weight("loss", "latent_weight", 1.0),
+        weight("loss", "latent_hf_weight"),
+        has_distance and weight("loss", "perceptual_weight", 1.0),
+        weight("loss", "hf_weight", 1.0) * high_frequency,
+        weight("loss", "amplitude_weight"),
+        weight("loss", "pixel_weight"),
+        weight("loss", "custom") and weight("loss", "custom_weight", 1.0),
+    )
+    return any(terms)
 
 
 def _time(spent: TrainingTime) -> str:

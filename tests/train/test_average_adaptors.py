@@ -181,6 +181,12 @@ def test_what_cannot_be_averaged_is_refused(adaptors: list[Path], tmp_path: Path
     (other / METADATA).write_text(json.dumps(record | {"timestep": 500}))
     with pytest.raises(HipaError, match="are for another timestep each"):
         average_adaptors([adaptors[0], other], out)
+    # The same weights with a schedule that ends in pure noise, whose last alpha_bar is 0.
+    (other / METADATA).write_text(json.dumps(record | {"alpha_bar": 0.0}))
+    with pytest.raises(HipaError, match=r"noise schedule each: alpha_bar is 0\.00466 and 0 "):
+        average_adaptors([adaptors[0], other], out)
+    (other / METADATA).write_text(json.dumps(record | {"alpha_bar": record["alpha_bar"] * 1.0001}))
+    average_adaptors([adaptors[0], other], tmp_path / "digits")
     (other / METADATA).write_text(json.dumps(record))
     (other / WEIGHTS).write_bytes((other / WEIGHTS).read_bytes()[:-7])
     with pytest.raises(HipaError):

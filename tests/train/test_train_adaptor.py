@@ -224,6 +224,28 @@ def test_v_prediction_and_a_start_from_another_adaptor(
     assert not unused.exists()  # refused before any teacher pair was made
 
 
+def test_a_start_that_inference_would_refuse(
+    recipe: Recipe, v_model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The noise schedule and the clip skip of the adaptor to start from are those of the run."""
+    initial = tmp_path / "first"
+    train(recipe, v_model_dir, initial, cache)
+    other = tmp_path / "zero-snr"
+    shutil.copytree(v_model_dir, other)
+    scheduler = other / "scheduler" / "scheduler_config.json"
+    values = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps(values | {"rescale_betas_zero_snr": True}))
+    unused = tmp_path / "unused"
+    with pytest.raises(HipaError, match=r"trained with another noise schedule: .* rescale_betas"):
+        train(recipe, other, tmp_path / "second", unused, initial_adaptor=initial)
+
+    record = json.loads((initial / METADATA).read_text())
+    (initial / METADATA).write_text(json.dumps(record | {"text": {"clip_skip": 1}}))
+    with pytest.raises(HipaError, match=r"with clip skip 1, and the recipe has 0\. Set clip_skip"):
+        train(recipe, v_model_dir, tmp_path / "second", unused, initial_adaptor=initial)
+    assert not unused.exists()
+
+
 def test_loss_goes_down(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
 ) -> None:

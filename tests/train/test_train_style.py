@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from hipa_deploy.commands.app import app
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata, unet_sha256
 from hipa_deploy.models.style import EmbeddingChoice, LoraChoice, Style
 from hipa_deploy.train.data.teacher_pairs import cache_folder
 from hipa_deploy.train.evaluation.quality import one_step_images, teacher_images
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
+from hipa_deploy.train.prediction.dry_run import to_toml
 from hipa_deploy.train.recipes.recipe import Recipe, TeacherSettings
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.style_samples import write_embedding, write_lora
@@ -55,6 +58,39 @@ def test_an_adaptor_of_a_styled_model(
     for added in (None, weaker):
         with pytest.raises(HipaError, match=r"Give the same files .* --lora style\.safetensors:0"):
             one_step_images(model_dir, styled, ["a pear"], [0], device="cpu", style=added)
+
+
+def test_a_start_needs_the_loras_that_it_was_trained_with(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, style: Style
+) -> None:
+    def train(out: Path, added: Style | None, start: Path | None = None) -> Path:
+        return train_adaptor(
+            recipe, model_dir, out, initial_adaptor=start, style=added, cache=cache,
+            console=QUIET, device="cpu",
+        )  # fmt: skip
+
+    styled = train(tmp_path / "styled", style)
+    unused = tmp_path / "further"
+    for added in (None, Style((LoraChoice(style.loras[0].path, 0.4),))):
+        with pytest.raises(HipaError, match=r"Give the same files .* --lora style\.safetensors:0"):
+            train(unused, added, styled)
+    command = ["train", "--model", str(model_dir), "--recipe", str(written(recipe, tmp_path))]
+    command += ["--from", str(styled), "--out", str(unused), "--dry-run"]
+    done = CliRunner().invoke(app, command)
+    assert "Give the same files" in str(done.exception)
+
+    # With them it goes on, also with others after them.
+    assert read_metadata(train(tmp_path / "more", style, styled)).initial_sha256
+    other = LoraChoice(write_lora(model_dir, tmp_path / "other.safetensors", seed=2))
+    both = Style((*style.loras, other), style.embeddings)
+    assert len(read_metadata(train(tmp_path / "both", both, styled)).loras) == 2
+
+
+def written(recipe: Recipe, folder: Path) -> Path:
+    """The recipe as a file."""
+    path = folder / "recipe.toml"
+    path.write_text(to_toml(recipe), encoding="utf-8")
+    return path
 
 
 def test_a_run_goes_on_with_its_own_style_only(

@@ -37,19 +37,51 @@ NAMED = 3  # how many files a message names
 
 
 def image_paths(folder: Path) -> list[Path]:
-    """Every image in a folder and below it, sorted.
+    """Every image in a folder and below it, sorted, but for those that ``skipped`` names.
 
     Raises:
         HipaError: the folder is missing, or holds no image.
 
     """
-    paths = []
-    if folder.is_dir():
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)
+    paths = [path for path in _with_endings(folder) if not _is_skipped(folder, path)]
     if not paths:
         formats = ", ".join(sorted(FORMATS))
         raise HipaError(f"images {folder}: no image in it. Expected a folder of {formats} files.")
     return paths
+
+
+def skipped(folder: Path) -> list[Path]:
+    """What is named as an image and is none, sorted.
+
+    macOS leaves '._red.jpg' beside 'red.jpg' on other disks, and a folder __MACOSX in archives.
+    Names that begin with a dot are those of hidden files, and a folder may be named 'thumbs.png'.
+    """
+    return [path for path in _with_endings(folder) if _is_skipped(folder, path)]
+
+
+def tell_skipped(folder: Path, console: Console | None) -> None:
+    """Say how many files ``skipped`` finds, if any; on stderr if ``console`` is None."""
+    found = skipped(folder)
+    if found:
+        names = _some([path.relative_to(folder).as_posix() for path in found])
+        screen = console or Console(stderr=True)
+        _say(
+            screen, f"images {folder}: {len(found)} hidden files, or folders, are skipped: {names}"
+        )
+
+
+def _with_endings(folder: Path) -> list[Path]:
+    """What has an image's ending in a folder and below it, sorted; nothing if it is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in FORMATS)
+
+
+def _is_skipped(folder: Path, path: Path) -> bool:
+    """Whether a path below ``folder`` is hidden, or no file."""
+    parts = path.relative_to(folder).parts
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+    return hidden or not path.is_file()
 
 
 def folder_captions(folder: Path, paths: Sequence[Path], console: Console | None) -> list[str]:

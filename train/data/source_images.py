@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.images.read import fit_image, read_image
-from hipa_deploy.train.data.captions import folder_captions, image_paths
+from hipa_deploy.train.data.captions import folder_captions, image_paths, tell_skipped
 from hipa_deploy.train.data.teacher_pairs import (
     Pairs,
     RowFunction,
@@ -141,6 +141,7 @@ def folder_source_images(
 
     """
     paths = image_paths(folder)
+    tell_skipped(folder, console)
 
     # Captions that are not yet among the prompts get the next indices, in the order of the images.
     texts = folder_captions(folder, paths, console) if captions else [""] * len(paths)

@@ -61,6 +61,8 @@ def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
     rate = settings.learning_rate * min(1.0, (step + 1) / max(settings.warmup_steps, 1))
     if settings.decay == "cosine":
         progress = max(0.0, step - settings.warmup_steps) / max(steps - settings.warmup_steps, 1)
-        # Down to a hundredth of the peak, not to zero.
+        # Towards a hundredth of the peak, not to zero. It would be reached one step after the last:
+        # the last of 4 steps has 0.155 of the peak, of 40 steps 0.0115. Runs that go on need the
+        # same curve.
         rate *= 0.01 + 0.99 * (1 + math.cos(math.pi * progress)) / 2
     return rate

@@ -27,7 +27,9 @@ from hipa_deploy.models.adaptor_folder import (
     check_schedule,
     read_metadata,
 )
-from hipa_deploy.models.style import check_same_loras
+from hipa_deploy.models.lora.open_style import OpenStyle
+from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.style import Style, check_same_loras
 from hipa_deploy.models.weights.weight_file import load_tensors
 from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
@@ -262,6 +264,37 @@ def one_step_model(
         alpha_bar=model.alpha_bar(timestep),
         prediction_type=model.prediction_type,
     )
+
+
+def check_start(recipe: Recipe, adaptor: Path, model_dir: Path, style: Style) -> None:
+    """Check that a training may start from an adaptor, before any weights are loaded.
+
+    It is what inference checks too: on another schedule, without its LoRAs or with another layer of
+    the text encoder the adaptor does not make the images that it has learned to make.
+
+    Args:
+        recipe: Of the training.
+        adaptor: The adaptor's folder.
+        model_dir: Diffusers folder; its weights are not needed.
+        style: LoRAs and embeddings of the training.
+
+    Raises:
+        HipaError: the model has another noise schedule than the adaptor's, its LoRAs are not given,
+            or the recipe has another clip skip.
+
+    """
+    metadata = read_metadata(adaptor)
+    config = ModelConfig.read(model_dir, recipe.task)
+    check_schedule(adaptor, metadata, config)
+    if metadata.loras:
+        check_same_loras(adaptor, metadata.loras, OpenStyle.read(style, config).info.loras)
+    trained = metadata.text.clip_skip
+    if recipe.text.clip_skip != trained:
+        raise HipaError(
+            f"adaptor {adaptor} was trained with clip skip {trained}, and the recipe has "
+            f"{recipe.text.clip_skip}. Set clip_skip = {trained} in its table [text], or start "
+            "from another adaptor."
+        )
 
 
 def load_adaptor_weights(unet: Any, folder: Path) -> None:

@@ -20,6 +20,8 @@ from hipa_deploy.train.prediction.simulated_training import CPU
 from hipa_deploy.train.prediction.training_cost import (
     TrainingCost,
     TrainingPrediction,
+    edits_made,
+    images_made,
     measure_steps,
     predict_training,
 )
@@ -136,12 +138,21 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _toml_lines(table: Mapping[str, Any]) -> list[str]:
-    """``key = value`` of a table's own settings: JSON's literals are TOML's for all that occur."""
+    """``key = value`` of a table's own settings."""
     lines = []
     for key, value in table.items():
         if value is not None and not isinstance(value, dict):
-            lines.append(f"{key} = {json.dumps(value)}")
+            lines.append(f"{key} = {_toml_value(value)}")
     return lines
+
+
+def _toml_value(value: Any) -> str:
+    """A value as JSON writes it, but for what TOML reads in another way.
+
+    JSON escapes a character beyond U+FFFF as two surrogates, which TOML refuses: it stays as it is.
+    JSON leaves U+007F as it is, which TOML refuses too.
+    """
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def facts_table(prediction: TrainingPrediction, model_dir: Path, prompts: str) -> Table:
@@ -158,7 +169,6 @@ def facts_table(prediction: TrainingPrediction, model_dir: Path, prompts: str) -
     sizes = [f"{name} {count / 1e6:.1f} M" for name, count in prediction.parameters.items()]
     encoder = f", encoder rank {adaptor.encoder_rank}" if adaptor.encoder_rank else ""
     shape = f"{adaptor.preset}, rank {adaptor.rank}{encoder}"
-    cached = f"{prediction.pairs_bytes / GB:.2f} GB in the cache"
 
     table = Table(show_header=False)
     predicts = f"predicts {prediction.prediction_type}, {width}x{height} pixels"
@@ -168,8 +178,29 @@ def facts_table(prediction: TrainingPrediction, model_dir: Path, prompts: str) -
     table.add_row("parameters", ", ".join(sizes))
     table.add_row("trainable", f"{prediction.trainable / 1e6:.2f} M ({shape})")
     table.add_row("prompts", prompts)
-    table.add_row("teacher pairs", f"{prediction.recipe.teacher.pairs:,}: {cached}")
+    table.add_row("teacher pairs", _made_by_teacher(prediction))
     return table
+
+
+def _made_by_teacher(prediction: TrainingPrediction) -> str:
+    """What the teacher makes, in words, and the disk that it takes."""
+    recipe = prediction.recipe
+    images = images_made(recipe)
+    edits = edits_made(recipe)
+    parts = []
+    if images:
+        parts.append(f"{images:,}")
+    if edits:
+        of_folder = f", where the folder has {recipe.teacher.pairs:,} images"
+        parts.append(f"{edits:,} edits{of_folder if recipe.source_folder else ''}")
+    if recipe.held_out.prompts:
+        parts.append(f"{recipe.held_out.count:,} of held-out prompts")
+    if not parts:
+        return "none: the images are those of source.images"
+    size = prediction.pairs_bytes / GB
+    # A small training's would be 0.00 GB.
+    digits = 2 if size >= 0.01 else 4
+    return f"{', '.join(parts)}: {size:.{digits}f} GB in the cache"
 
 
 def doubts(prediction: TrainingPrediction, prompt_count: int | None) -> list[str]:
@@ -182,7 +213,9 @@ def doubts(prediction: TrainingPrediction, prompt_count: int | None) -> list[str
     """
     recipe = prediction.recipe
     found = []
-    if prompt_count is not None and recipe.teacher.pairs > MOST_PAIRS_A_PROMPT * prompt_count:
+    # Of a folder's images teacher.pairs makes none.
+    made = 0 if recipe.source_folder else recipe.teacher.pairs
+    if prompt_count is not None and made > MOST_PAIRS_A_PROMPT * prompt_count:
         found.append(
             f"{recipe.teacher.pairs:,} pairs of {prompt_count:,} prompts show each prompt "
             f"{recipe.teacher.pairs / prompt_count:,.0f} times. The adaptor learns these prompts "
@@ -210,12 +243,22 @@ def doubts(prediction: TrainingPrediction, prompt_count: int | None) -> list[str
             f"the cost of the loss {recipe.loss.custom} is not known, and not counted: expected "
             "somewhat more time and memory than is said below."
         )
-    if prediction.recipe.steps * recipe.batch < recipe.teacher.pairs:
-        found.append(
-            f"{recipe.steps:,} steps of {recipe.batch} see {recipe.steps * recipe.batch:,} of the "
-            f"{recipe.teacher.pairs:,} pairs. The others are made for nothing."
-        )
+    found += _made_for_nothing(recipe)
     return found
+
+
+def _made_for_nothing(recipe: Recipe) -> list[str]:
+    """A sentence where the steps see fewer images or edits than the teacher makes."""
+    seen = recipe.steps * recipe.batch
+    made = edits_made(recipe) or images_made(recipe)
+    what = "edits" if recipe.task == "edit" else "pairs"
+    # How many edits there are of a folder's images is known when it is read.
+    if recipe.source_folder or seen >= made:
+        return []
+    return [
+        f"{recipe.steps:,} steps of {recipe.batch} see {seen:,} of the {made:,} {what}. The others "
+        "are made for nothing."
+    ]
 
 
 def cost_table(prediction: TrainingPrediction) -> Table:

@@ -52,7 +52,8 @@ class TrainingPrediction:
         resolution: Height and width of an image, in pixels.
         parameters: Frozen parameters of each text encoder, unet and vae.
         trainable: Trainable parameters of the adaptor.
-        pairs_bytes: Bytes of all teacher pairs in the cache.
+        pairs_bytes: Bytes of all that the teacher makes, in the cache: images, edits, and those of
+            held-out prompts.
         pairs: One batch of teacher pairs, all sampler steps.
         warm_up: One optimiser step without decoding, of ``recipe.batch`` rows.
         step: One optimiser step with decoding, of ``recipe.batch`` rows.
@@ -113,15 +114,13 @@ class TrainingPrediction:
     def sampler_batches(self) -> float:
         """How often the teacher's sampler runs through a batch, held-out images included.
 
-        An edit takes its strength's share of a run. A folder of images, whose size is not known
-        here, is taken to hold ``teacher.pairs`` of them.
+        An edit takes its strength's share of a run.
         """
         source = self.recipe.source
         edit = 0.0
         if self.recipe.task == "edit":
             edit = sum(source.strengths) / len(source.strengths)
-        images = 0 if self.recipe.source_folder else 1
-        runs = _pairs(self.recipe) * (images + source.per_image * edit)
+        runs = images_made(self.recipe) + edits_made(self.recipe) * edit
         # The teacher makes the images of held-out prompts, and edits each of them once.
         if self.held_out is not None:
             runs += self.recipe.held_out.count * (1 + edit)
@@ -200,7 +199,7 @@ def predict_training(recipe: Recipe, model_dir: Path, processes: int = 1) -> Tra
             resolution=model.resolution,
             parameters=parameters,
             trainable=trainable,
-            pairs_bytes=_pairs(recipe) * pair_bytes,
+            pairs_bytes=_cached_pairs(recipe) * pair_bytes,
             pairs=training.pairs_cost(),
             warm_up=training.batch_cost(processes, decoded=False),
             step=training.batch_cost(processes, decoded=True),
@@ -256,6 +255,27 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
     return fastest
 
 
+def images_made(recipe: Recipe) -> int:
+    """Images that the teacher makes of the recipe's prompts: none where a folder has them."""
+    return 0 if recipe.source_folder else _pairs(recipe)
+
+
+def edits_made(recipe: Recipe) -> int:
+    """Edits that the teacher makes; none of another task.
+
+    A folder of images, whose size is not known here, is taken to hold ``teacher.pairs`` of them.
+    """
+    return _pairs(recipe) * recipe.source.per_image if recipe.task == "edit" else 0
+
+
+def _cached_pairs(recipe: Recipe) -> int:
+    """What the cache holds in the end: images, edits, and those of held-out prompts."""
+    made = images_made(recipe) + edits_made(recipe)
+    if recipe.held_out.prompts:
+        made += recipe.held_out.count * (2 if recipe.task == "edit" else 1)
+    return made
+
+
 def _pairs(recipe: Recipe) -> int:
     """Teacher pairs that are made: of a recipe without targets, those that are shown."""
     if recipe.task == "generate" and not recipe.needs_targets:
@@ -273,9 +293,7 @@ def _decodes_targets(recipe: Recipe, resolution: tuple[int, int]) -> bool:
     # Inpainting and super-resolution of a folder of images compare with its files.
     if recipe.source_folder and recipe.task != "edit":
         return False
-    images = _pairs(recipe)
-    if recipe.task == "edit":
-        images *= recipe.source.per_image
+    images = edits_made(recipe) or _pairs(recipe)
     height, width = resolution
     return 3 * height * width * images > TABLE_BYTES
 

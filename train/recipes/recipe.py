@@ -163,7 +163,8 @@ class OptimiserSettings(Settings):
     warmup_steps: int = Field(0, ge=0, le=10_000_000)
     """Steps of the linear warm-up of the learning rate."""
     decay: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up; cosine falls to a hundredth of the peak at the last step."""
+    """Learning rate after the warm-up; cosine falls, and nears a hundredth of the peak in the last
+    steps."""
     weight_decay: float = Field(1e-2, ge=0, le=1000)
     """Decoupled weight decay."""
     clip_norm: float = Field(1.0, gt=0)

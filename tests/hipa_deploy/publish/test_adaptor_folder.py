@@ -88,7 +88,59 @@ def test_the_card_says_on_what_and_how_long_it_was_trained(adaptor: Path, tmp_pa
     cpu = {"device": "cpu", "card": "AMD EPYC", "processes": 1, "hours": 0.05, "steps": 100}
     path.write_text(json.dumps(older | {"training": [gpu, cpu]}))
     expected = "2.5 h on 4 x NVIDIA A100 (cuda), 900 steps; 3.0 min on AMD EPYC (cpu), 100 steps"
+    expected += ", of this training alone"  # it started from another adaptor
     assert f"| hours and device | {expected} |" in card(adaptor, tmp_path / "after")
+
+
+def test_a_card_says_from_which_adaptor_a_training_started(adaptor: Path, tmp_path: Path) -> None:
+    change(adaptor, initial_sha256="a" * 64, earlier_prompts_sha256=["b" * 64, "c" * 64])
+    text = card(adaptor, tmp_path / "out")
+    assert f"| started from | an adaptor, SHA-256 of its weights `{'a' * 64}`, trained" in text
+    assert "before on 2 sets of prompts |" in text
+    assert re.search(r"\| optimiser steps \| [\d,]+, of this training alone \|", text)
+    change(adaptor, initial_sha256=None, earlier_prompts_sha256=[])
+    scratch = card(adaptor, tmp_path / "scratch")
+    assert "started from" not in scratch
+    assert "of this training alone" not in scratch
+
+
+def test_a_card_of_an_average_says_so(adaptor: Path, tmp_path: Path) -> None:
+    recipe = json.loads((adaptor / METADATA).read_text())["recipe"]
+    average = {"adaptors": ["a" * 64, "b" * 64], "rank": 8, "left_out": 0.131}
+    change(adaptor, recipe=recipe | {"average": average}, initial_sha256=None)
+    text = card(adaptor, tmp_path / "out")
+    hashes = f"`{'a' * 64}`, `{'b' * 64}`"
+    assert f"| average of | 2 adaptors, SHA-256 of their weights {hashes} |" in text
+    assert "| left out by its rank | 13.1% of the average's norm |" in text
+    assert "recipe [teacher], of the first adaptor" in text
+    for other in ("optimiser steps", "images seen", "teacher's images", "trained weights"):
+        assert f"| {other} |" not in text
+
+
+def test_a_card_names_the_data_that_were_used(adaptor: Path, tmp_path: Path) -> None:
+    recipe = json.loads((adaptor / METADATA).read_text())["recipe"]
+    teacher = recipe["teacher"] | {"pairs": 60, "steps": 5, "guidance": 1.0}
+    source = {"images": "photos", "per_image": 4}
+    change(adaptor, task="upscale", recipe=recipe | {"teacher": teacher, "source": source})
+    text = card(adaptor, tmp_path / "folder")
+    assert "| folder of images | photos |" in text
+    assert "| recipe [source] | images = photos, per_image = 4 |" in text
+    assert "| prompts |" not in text
+    assert "| teacher's images |" not in text
+
+    source = {"images": None, "per_image": 4}
+    edit = recipe | {"teacher": teacher, "source": source}
+    change(adaptor, task="edit", strengths=[1.0], recipe=edit)
+    text = card(adaptor, tmp_path / "edit")
+    assert "| teacher's images | 60, 5 UNet evaluations each |" in text
+    assert "| teacher's edits | 240, at most 5 UNet evaluations each |" in text
+
+    loss = {"perceptual": "none", "hf_weight": 0.0, "latent_weight": 0.0}
+    score = {"teacher": teacher, "loss": loss, "score": {"weight": 1.0}, "samples": 1}
+    alone = {**recipe, **score, "latent_discriminator": {"weight": 0.0}}
+    change(adaptor, task="generate", strengths=[], recipe=alone)
+    text = card(adaptor, tmp_path / "score")
+    assert "| teacher's images | 1, 5 UNet evaluations each |" in text
 
 
 def card(adaptor: Path, out: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.data.captions import folder_captions
+from hipa_deploy.train.data.captions import folder_captions, image_paths, tell_skipped
 
 
 @pytest.fixture
@@ -21,6 +21,25 @@ def images(tmp_path: Path) -> list[Path]:
     for name in names:
         (tmp_path / name).touch()
     return [tmp_path / name for name in names]
+
+
+def test_hidden_files_and_folders_are_no_images(images: list[Path], tmp_path: Path) -> None:
+    screen = io.StringIO()
+    tell_skipped(tmp_path, Console(file=screen, width=80))
+    assert screen.getvalue() == ""
+    for name in ("._red.png", ".cache/a.jpg", "__MACOSX/sub/b.png", "thumbs.png/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(image_paths(tmp_path)) == sorted(images)
+    tell_skipped(tmp_path, Console(file=screen, width=80))
+    told = screen.getvalue()
+    assert f"images {tmp_path}: 4 hidden files, or folders, are skipped: ._red.png, .cache" in told
+
+    # The folder itself may lie in a hidden one.
+    hidden = tmp_path / ".photos"
+    hidden.mkdir()
+    (hidden / "red.png").touch()
+    assert image_paths(hidden) == [hidden / "red.png"]
 
 
 def read(folder: Path, images: list[Path]) -> tuple[list[str], str]:

@@ -19,6 +19,12 @@ def test_warm_up_and_cosine_decay() -> None:
     assert learning_rate(settings, 104, 104) == pytest.approx(0.01)
 
 
+def test_the_last_step_nears_a_hundredth_of_the_peak() -> None:
+    settings = OptimiserSettings(learning_rate=1.0, decay="cosine")
+    last = [learning_rate(settings, steps - 1, steps) for steps in (4, 40, 340)]
+    assert last == pytest.approx([0.155, 0.0115, 0.01], rel=1e-2)
+
+
 def test_constant_rate_is_the_default() -> None:
     assert learning_rate(OptimiserSettings(learning_rate=1.0), 50, 100) == 1.0
 

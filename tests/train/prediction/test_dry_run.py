@@ -52,6 +52,12 @@ def test_the_resolved_recipe_is_a_recipe(recipe: Recipe) -> None:
     assert Recipe.model_validate(tomllib.loads(dry_run.to_toml(recipe))) == recipe
 
 
+def test_a_resolved_recipe_with_any_characters_is_read_back(recipe: Recipe) -> None:
+    for name in ("cap\U0001f600.txt", "caf\xe9.txt", 'a\x7fb\x01\t"\\.txt', "a\u2028b.txt"):
+        named = recipe.model_copy(update={"prompts": name})
+        assert Recipe.model_validate(tomllib.loads(dry_run.to_toml(named))) == named
+
+
 def test_a_small_model_is_measured(model_dir: Path, recipe: Recipe) -> None:
     shown, problem = dry_run.dry_run(recipe, model_dir, [Card()])
     text = text_of(shown)
@@ -134,6 +140,43 @@ def test_what_can_hardly_be_meant_is_said(model_dir: Path, recipe: Recipe) -> No
     assert "the cost of the loss my_losses:f is not known" in own[0]
     unread = dry_run.doubts(replace(prediction, recipe=odd), None)
     assert not any("prompts" in text for text in unread)
+
+
+def test_a_folders_images_are_not_made(model_dir: Path, recipe: Recipe) -> None:
+    prediction = predict_once(recipe, model_dir)
+    teacher = recipe.teacher.model_copy(update={"pairs": 50_000})
+
+    def of(task: str, **source: object) -> dry_run.TrainingPrediction:
+        values = recipe.model_dump() | {"task": task, "source": source}
+        chosen = Recipe.model_validate(values).model_copy(update={"teacher": teacher})
+        return replace(prediction, recipe=chosen, pairs_bytes=100_000_000)
+
+    of_folder = of("upscale", images="photos", factor=2)
+    assert dry_run.doubts(of_folder, 3) == []
+    text = text_of([dry_run.facts_table(of_folder, model_dir, "3 distinct")])
+    assert "none: the images are those of source.images" in text
+    assert "GB" not in text
+
+    edits = of("edit", strengths=[1.0], per_image=4)
+    assert "see 8 of the 200,000 edits" in dry_run.doubts(edits, 1000)[0]
+    text = text_of([dry_run.facts_table(edits, model_dir, "3 distinct")])
+    assert "50,000, 200,000 edits: 0.10 GB in the cache" in text
+    edits_of_folder = of("edit", strengths=[1.0], per_image=4, images="photos")
+    assert dry_run.doubts(edits_of_folder, 3) == []
+    text = text_of([dry_run.facts_table(edits_of_folder, model_dir, "3 distinct")])
+    assert "200,000 edits, where the folder has 50,000 images: 0.10 GB" in text
+
+
+def test_what_a_score_alone_makes_is_counted(model_dir: Path, recipe: Recipe) -> None:
+    """Its targets are the two rows of the sample grid."""
+    loss = {"perceptual": "none", "hf_weight": 0, "latent_weight": 0}
+    changes = {"steps": 1, "loss": loss, "score": {"weight": 1}}
+    alone = Recipe.model_validate(recipe.model_dump() | changes)
+    assert not alone.needs_targets
+    prediction = replace(predict_once(recipe, model_dir), recipe=alone)
+    assert not any("for nothing" in text for text in dry_run.doubts(prediction, 3))
+    text = text_of([dry_run.facts_table(prediction, model_dir, "3 distinct")])
+    assert "│ 2: 0.0" in text
 
 
 def rows_of(table: Table) -> list[tuple]:

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train.data.examples import task_examples
 from hipa_deploy.train.losses.hipa_loss import hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.prediction import training_cost
@@ -24,7 +28,7 @@ from hipa_deploy.train.prediction.training_cost import (
     predict_training,
 )
 from hipa_deploy.train.recipes.held_out_settings import HeldOutSettings
-from hipa_deploy.train.recipes.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe, read_prompts
 from tests.tiny_model import make_model
 
 predict_once = cache(predict_training)
@@ -271,6 +275,35 @@ def test_measured_seconds(model_dir: Path, recipe: Recipe) -> None:
 
 def of_task(recipe: Recipe, task: str, **source: Any) -> Recipe:
     return Recipe.model_validate(recipe.model_dump() | {"task": task, "source": source})
+
+
+@pytest.mark.parametrize(
+    ("task", "source"),
+    [
+        ("generate", {}),
+        ("edit", {"strengths": [1.0], "per_image": 2}),
+        ("edit", {"strengths": [1.0], "per_image": 2, "images": "FOLDER"}),
+        ("upscale", {"images": "FOLDER", "factor": 2}),
+    ],
+)
+def test_the_disk_is_what_a_training_writes(
+    model_dir: Path, recipe: Recipe, tmp_path: Path, task: str, source: dict[str, Any]
+) -> None:
+    if "images" in source:
+        source = {**source, "images": str(tmp_path / "photos"), "captions": False}
+        (tmp_path / "photos").mkdir()
+        for number in range(recipe.teacher.pairs):
+            Image.new("RGB", (32, 32), (number, 0, 0)).save(tmp_path / f"photos/{number}.png")
+    chosen = of_task(recipe, task, **source)
+    cache_folder = tmp_path / "cache"
+    cache_folder.mkdir()
+    quiet = Console(quiet=True)
+    model = DiffusionModel.load(model_dir, "cpu", chosen.task)
+    task_examples(model, chosen, read_prompts(chosen, model_dir), cache=cache_folder, console=quiet)
+    written = 0
+    for path in cache_folder.rglob("*.safetensors"):
+        written += sum(tensor.nbytes for tensor in load_file(path).values())
+    assert predict_training(chosen, model_dir).pairs_bytes == written
 
 
 @pytest.mark.thorough
