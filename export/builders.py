@@ -39,7 +39,7 @@ from hipa_deploy.export.model_parts import free_memory
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.export.writer import StageSource
 from hipa_deploy.marks.safety import SAFETY_STAGE
-from hipa_deploy.tasks import size_numbers
+from hipa_deploy.tasks import size_numbers, takes_source
 
 
 def bundle_sources(
@@ -49,7 +49,7 @@ def bundle_sources(
     sources = []
     if options.prompts is None:
         sources += text_sources(options, parts, settings, step)
-    if settings.task != "generate":
+    if takes_source(settings.task):
         sources.append(
             StageSource("vae_encoder", partial(encoder_module, parts), ("image",), "source")
         )
@@ -194,14 +194,21 @@ def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:
 
 
 def unet_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> OneStepUNet:
-    """The UNet with the adaptor merged and its timesteps folded."""
+    """The UNet with the adaptor merged and its timesteps folded; and a ControlNet beside it."""
     unet, _ = parts.unet()
-    if parts.has_text_pair:
-        cut_conditioning(unet)
-    else:
-        fold_timestep(unet, *settings.timesteps(step))
+    control = parts.control_network()
+    for network in (unet, control):
+        if network is not None and parts.has_text_pair:
+            cut_conditioning(network)
+        elif network is not None:
+            fold_timestep(network, *settings.timesteps(step))
     return OneStepUNet(
-        unet, step, settings.task, settings.strengths, conditioned=parts.has_text_pair
+        unet,
+        step,
+        settings.task,
+        settings.strengths,
+        conditioned=parts.has_text_pair,
+        controlnet=control,
     )
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
-from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, EncoderInfo
+from hipa_deploy.bundle.manifest import AdaptorInfo, ControlInfo, DecoderInfo, EncoderInfo
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.conditioning import Conditioning
@@ -26,8 +27,11 @@ from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.models.text_context import text_context
 from hipa_deploy.models.text_pair import pair_context
+from hipa_deploy.models.weights.controlnet import load_controlnet
 from hipa_deploy.models.weights.weight_identity import has_identity, weights_identity
 from hipa_deploy.tasks import Task
+
+CONTROL = "controlnet"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class ChosenParts:
         chunk_tokens: tokens that the text encoder reads at once.
         clip_skip: last layers of the text encoder that are left out.
         style: LoRAs and embeddings, which change the model before the adaptor.
+        controlnet: a ControlNet's folder, of the task control; None for other tasks.
 
     """
 
@@ -56,6 +61,7 @@ class ChosenParts:
     chunk_tokens: int = 77
     clip_skip: int = 0
     style: OpenStyle = field(default_factory=OpenStyle)
+    controlnet: Path | None = None
 
     @classmethod
     def choose(
@@ -87,6 +93,7 @@ class ChosenParts:
             chunk_tokens=chunk_tokens,
             clip_skip=clip_skip,
             style=style,
+            controlnet=options.controlnet,
         )
 
     @property
@@ -154,6 +161,17 @@ class ChosenParts:
         if self.adaptor is None:
             return unet, None
         return unet, merge_adaptor(unet, self.adaptor, self.adaptor_scale)
+
+    def control_network(self) -> ControlNetModel | None:
+        """The ControlNet, as it is: no LoRA and no adaptor changes it. None for other tasks."""
+        return load_controlnet(self.controlnet) if self.controlnet is not None else None
+
+    def control_info(self) -> ControlInfo | None:
+        """What the manifest says of the ControlNet; None for other tasks."""
+        if self.controlnet is None:
+            return None
+        name = self.controlnet.resolve().name
+        return ControlInfo(name=name, sha256=weights_identity(self.controlnet))
 
     def encoder(self) -> AutoencoderKL | AutoencoderTiny:
         """The autoencoder that encodes, with the adaptor's weights for it merged, if any."""
@@ -224,6 +242,12 @@ class HeldParts(ChosenParts):
         """As ``ChosenParts.unet``."""
         unet: tuple[UNet2DConditionModel, AdaptorInfo | None] = self._once("unet", super().unet)
         return unet
+
+    def control_network(self) -> ControlNetModel | None:
+        """As ``ChosenParts.control_network``; it stays beside the UNet, with which it runs."""
+        if self.controlnet is not None and CONTROL not in self.held:
+            self.held[CONTROL] = super().control_network()
+        return self.held.get(CONTROL)
 
     def encoder(self) -> AutoencoderKL | AutoencoderTiny:
         """As ``ChosenParts.encoder``."""

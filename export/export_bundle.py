@@ -59,6 +59,7 @@ from hipa_deploy.generate.prompts import BAKED_CONDITIONING, BAKED_POOLED, TOKEN
 from hipa_deploy.generate.stages import join_context
 from hipa_deploy.marks.safety import SAFETY_STAGE
 from hipa_deploy.models.weights.part_config import build
+from hipa_deploy.tasks import takes_source
 
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
@@ -275,7 +276,8 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             loras=parts.style.info.loras,
             embeddings=parts.style.info.embeddings,
             decoder=parts.decoder_info(),
-            encoder=None if settings.task == "generate" else parts.encoder_info(),
+            encoder=parts.encoder_info() if takes_source(settings.task) else None,
+            control=parts.control_info(),
             task=settings.task,
             strengths=settings.strengths,
             upscale=settings.upscale,

@@ -48,6 +48,7 @@ from hipa_deploy.models.lora.early_lora import (
 from hipa_deploy.models.one_step.one_step_method import OWN, load_method
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.text_pair import forces_zeros
+from hipa_deploy.models.weights.controlnet import check_controlnet
 from hipa_deploy.models.weights.early_check import known_shapes
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.models.weights.part_config import read_config
@@ -115,6 +116,8 @@ def check_request(options: ExportOptions) -> None:
         model.check_tiny_decoder(options.decoder)
     if options.encoder is not None:
         model.check_tiny_encoder(options.encoder)
+    if options.controlnet is not None:
+        check_controlnet(options.controlnet, model.config.unet, model.config.vae_factor)
     chunk_tokens = text_sizes(model.config)[0]
     text, _ = text_settings(options, model.config, chunk_tokens)
     # --context-tokens itself is refused before: what is left is how the adaptor was trained.
@@ -352,9 +355,12 @@ def _least_bytes(options: ExportOptions, model: ModelParts) -> int:
         parts.append("unet")
     if not options.prompts:
         parts += model.config.text_parts
+    folders = [model.folder / part for part in parts]
+    if options.controlnet is not None:
+        folders.append(options.controlnet)
     count = 0
-    for part in parts:
-        for shape in (known_shapes(model.folder / part) or {}).values():
+    for folder in folders:
+        for shape in (known_shapes(folder) or {}).values():
             count += math.prod(shape)
     return count * BYTES[options.dtype]
 

@@ -125,6 +125,13 @@ def export(
             "by default those that the adaptor was trained for."
         ),
     ] = None,
+    controlnet: Annotated[
+        str | None,
+        typer.Option(
+            help="Task control: the ControlNet that reads control images, for hipa-control. A "
+            "ControlNetModel folder, a file such as control_v11p_sd15_canny.pth, or a hub id."
+        ),
+    ] = None,
     encoder: Annotated[
         str,
         typer.Option(
@@ -198,10 +205,12 @@ def export(
     results agree. The bundle runs without PyTorch.
     """
     require("export")
-    from hipa_deploy.models.locate import check_model_name
+    from hipa_deploy.models.locate import check_controlnet_name, check_model_name
     from hipa_deploy.models.style import parse_style
 
     check_model_name(model)
+    if controlnet is not None:
+        check_controlnet_name(controlnet)
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16
@@ -220,6 +229,7 @@ def export(
                     dynamic,
                     task,
                     strengths,
+                    controlnet,
                     build,
                     for_target,
                     context_tokens,
@@ -264,7 +274,12 @@ def export(
     from hipa_deploy.export.graph.axes import parse_axes
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.marks.records import parse_marks
-    from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
+    from hipa_deploy.models.locate import (
+        resolve_controlnet,
+        resolve_decoder,
+        resolve_encoder,
+        unpacked,
+    )
 
     marks, safety = parse_marks(mark or [])
     options = ExportOptions(
@@ -301,6 +316,7 @@ def export(
         model=model,
         decoder=resolve_decoder(decoder, model),
         encoder=resolve_encoder(encoder, model),
+        controlnet=resolve_controlnet(controlnet, model) if controlnet else None,
     )
     check_request(options)
     if choice is not None:

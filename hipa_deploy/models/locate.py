@@ -14,7 +14,7 @@ from hipa_deploy.models.kind import PARTS, SECOND, check_pipeline, has_second_en
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.models.weights.weight_file import LORA_FILES, SAFETENSORS
-from hipa_deploy.models.weights.weight_files import PRECISIONS, find_weights
+from hipa_deploy.models.weights.weight_files import DIFFUSERS, PRECISIONS, find_weights
 
 TINY = "tiny"
 INDEX = "model_index.json"
@@ -205,6 +205,41 @@ def _diffusers_folder(path: Path) -> Path:
     return folder
 
 
+def resolve_controlnet(name: str, model: str) -> Path:
+    """Return the diffusers folder for the value of ``--controlnet``.
+
+    Args:
+        name: a ControlNetModel folder, a file of a ControlNet's weights, or a hub id.
+        model: the base model, as for ``model_folder``.
+
+    Raises:
+        HipaError: there is no such folder or file and the hub does not provide it, or it is no
+            ControlNet of the model's family.
+
+    """
+    from hipa_deploy.models.weights.controlnet import controlnet_folder
+
+    path = Path(name)
+    if path.exists():
+        return controlnet_folder(_in_hub_cache(path), model_folder(model))
+    check_controlnet_name(name)
+    return controlnet_folder(_fetch(name, _download_controlnet), model_folder(model))
+
+
+def check_controlnet_name(name: str) -> None:
+    """Check that a ControlNet is there or may be on the hub; nothing is converted or fetched.
+
+    Raises:
+        HipaError: it is neither, or what is there is no ControlNet.
+
+    """
+    from hipa_deploy.models.weights.controlnet import check_there
+
+    is_id = "/" in name and not name.startswith(("/", "."))
+    if Path(name).exists() or not is_id:
+        check_there(_in_hub_cache(Path(name)))
+
+
 def _in_hub_cache(path: Path) -> Path:
     """Return the snapshot of a repository's folder in the hub's cache; any other folder as it is.
 
@@ -292,6 +327,19 @@ def _lacks_weights(folder: Path) -> bool:
         except HipaError:
             return True
     return False
+
+
+def _download_controlnet(name: str) -> str:
+    """Download a ControlNet into the hub's cache, or find it there."""
+    from huggingface_hub import snapshot_download
+
+    # Repositories of ControlNets have pictures, and the same weights in several formats.
+    folder: str = snapshot_download(
+        name, allow_patterns=["config.json", f"{DIFFUSERS}*.safetensors*"]
+    )
+    if not list(Path(folder).glob(f"{DIFFUSERS}*.safetensors")):
+        folder = snapshot_download(name, allow_patterns=["config.json", f"{DIFFUSERS}*.bin*"])
+    return folder
 
 
 def _fetch(name: str, download: Callable[[str], str]) -> Path:

@@ -1,0 +1,266 @@
+"""A ControlNet (``--controlnet``): where it lies, and whether it fits the base model.
+
+A ControlNet sees a control image - edges, depth, a pose - beside the noise, and adds what its
+blocks give to those of the UNet (Zhang, Rao and Agrawala 2023, arXiv 2302.05543). It is a folder of
+diffusers, or a file in the original layout, as control_v11p_sd15_canny.pth is. Such a file does not
+say its configuration: it is the base UNet's, as the original training copies that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from hipa_deploy.disk.files import check_space, new_folder, user_cache
+from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.errors import HipaError, as_line, brief, first_line, reason_of
+from hipa_deploy.models.weights.load_part import check_part, load_part
+from hipa_deploy.models.weights.part_config import build, checked_values, read_config
+from hipa_deploy.models.weights.weight_file import is_pickled, load_tensors, read_layout
+from hipa_deploy.models.weights.weight_files import DIFFUSERS, find_weights
+
+if TYPE_CHECKING:
+    from diffusers import ControlNetModel
+    from torch import Tensor
+
+CONFIG = "config.json"
+KIND = "ControlNetModel"
+# How names begin in the files of the original training.
+PREFIX = "control_model."
+# Only ControlNets have it: the last convolution of what reads the control image.
+ORIGINAL = "input_hint_block.14.weight"
+CURRENT = "controlnet_cond_embedding.conv_out.weight"  # the same by diffusers' names
+FAMILY = "Expected a ControlNet of the model's family."
+# The defaults of ControlNetModel that a request is checked against; a test compares them.
+DEFAULTS: dict[str, Any] = {
+    "in_channels": 4,
+    "conditioning_channels": 3,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "cross_attention_dim": 1280,
+    "addition_embed_type": None,
+    "class_embed_type": None,
+    "conditioning_embedding_out_channels": (16, 32, 96, 256),
+    "controlnet_conditioning_channel_order": "rgb",
+}
+# What both must have in common, so that the blocks' outputs can be added. UNet2DConditionModel has
+# the same defaults.
+SAME = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
+
+
+def controlnet_folder(controlnet: Path, model: Path) -> Path:
+    """The diffusers folder of a ControlNet; one in a single file is converted into the user's cache.
+
+    Args:
+        controlnet: a folder, or a file of weights in the original layout or by diffusers' names.
+        model: the base model's folder, whose UNet says the configuration of a single file.
+
+    Raises:
+        HipaError: there is nothing, it is no ControlNet, or it does not fit the model.
+
+    Example:
+        >>> controlnet_folder(Path("control_v11p_sd15_canny.pth"), Path("sd15")).name
+        'control_v11p_sd15_canny'
+
+    """
+    check_there(controlnet)
+    return controlnet if controlnet.is_dir() else _converted(controlnet, model)
+
+
+def check_there(controlnet: Path) -> None:
+    """Check what can be known of a ControlNet without the base model.
+
+    Raises:
+        HipaError: there is nothing, or it is no ControlNet.
+
+    """
+    if not controlnet.exists():
+        raise HipaError(
+            f"--controlnet {controlnet} does not exist. Expected a ControlNetModel folder, or a "
+            "file of a ControlNet's weights."
+        )
+    if controlnet.is_dir():
+        _config(controlnet)
+    else:
+        _check_file(controlnet)
+
+
+def check_controlnet(controlnet: Path, unet: Mapping[str, Any], vae_factor: int) -> None:
+    """Check by its configuration that a ControlNet fits a UNet.
+
+    Args:
+        controlnet: its diffusers folder.
+        unet: keywords of the base model's UNet.
+        vae_factor: pixels a latent: the control image is reduced as many times.
+
+    Raises:
+        HipaError: it does not, or it takes something else than an image of three colours.
+
+    """
+    config = _config(controlnet)
+    values = {**DEFAULTS, **checked_values(DEFAULTS, config, controlnet / CONFIG)}
+    for key in SAME:
+        got = _plain(values[key])
+        wanted = _plain(unet.get(key, DEFAULTS[key]))
+        if got != wanted:
+            raise HipaError(
+                f"--controlnet {controlnet} has {key}={brief(got)}, and the model's UNet "
+                f"{brief(wanted)}. It is for another family of models: SD 1.x, 2.x and SDXL each "
+                "have their own ControlNets."
+            )
+    added = values["addition_embed_type"]
+    if added != unet.get("addition_embed_type"):
+        raise HipaError(
+            f"--controlnet {controlnet} has addition_embed_type={brief(added)}, and the model's "
+            f"UNet {brief(unet.get('addition_embed_type'))}. Give a ControlNet of its family."
+        )
+    if values["class_embed_type"] is not None:
+        raise HipaError(
+            f"--controlnet {controlnet} has class_embed_type={brief(values['class_embed_type'])}, "
+            "which is not supported."
+        )
+    channels = values["conditioning_channels"]
+    if channels != 3:
+        raise HipaError(
+            f"--controlnet {controlnet} takes control images of {channels} channels. Expected 3: "
+            "red, green and blue."
+        )
+    # Each level of the small network that reads the control image halves it, but for the first.
+    factor = 2 ** (len(values["conditioning_embedding_out_channels"]) - 1)
+    if factor != vae_factor:
+        raise HipaError(
+            f"--controlnet {controlnet} reduces the control image {factor} times, and the model's "
+            f"VAE reduces images {vae_factor} times. Give a ControlNet of its family."
+        )
+    find_weights(controlnet)
+
+
+def load_controlnet(controlnet: Path) -> ControlNetModel:
+    """Load a ControlNet in float32, frozen, on the CPU.
+
+    Raises:
+        HipaError: as ``load_part``.
+
+    """
+    from diffusers import ControlNetModel
+
+    network: ControlNetModel = load_part(ControlNetModel, controlnet)
+    return network
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration of a folder.
+
+    Raises:
+        HipaError: it has none, or one of another class.
+
+    """
+    if not (folder / CONFIG).is_file():
+        raise HipaError(
+            f"--controlnet {folder} has no {CONFIG}. Expected a {KIND} folder of diffusers, or a "
+            "file of a ControlNet's weights."
+        )
+    config = read_config(folder, CONFIG)
+    kind = config.get("_class_name", KIND)
+    if kind != KIND:
+        raise HipaError(f"--controlnet {folder} is of the class {brief(kind)}. Expected {KIND}.")
+    return config
+
+
+def _check_file(file: Path) -> None:
+    """Check that a file holds a ControlNet, by the names of its tensors.
+
+    Raises:
+        HipaError: it cannot be read, or holds none.
+
+    """
+    names = list(load_tensors(file)) if is_pickled(file) else list(read_layout(file))
+    inner = {name.removeprefix(PREFIX) for name in names}
+    if ORIGINAL not in inner and CURRENT not in inner:
+        raise HipaError(
+            f"--controlnet {file} holds no ControlNet: no weight {PREFIX}{ORIGINAL} in it, and no "
+            f"{CURRENT}. LoRAs for control, T2I-Adapters and ControlNet-XS are other networks."
+        )
+
+
+def _converted(file: Path, model: Path) -> Path:
+    """The folder of a ControlNet in one file, with the configuration of the model's UNet."""
+    _check_file(file)
+    unet = read_config(model / "unet", CONFIG)
+    key = {"format": 1, "file": file_sha256(file), "unet": unet}
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    out = user_cache() / "controlnets" / digest[:24] / file.stem
+    if not (out / CONFIG).is_file():
+        check_space(out, file.stat().st_size)
+        with Console(stderr=True).status(f"reading {escape(file.name)}"):
+            try:
+                _convert(file, unet, model, out)
+            except (HipaError, OSError):
+                # Another process may have converted the same file meanwhile. Its result is equal.
+                if not (out / CONFIG).is_file():
+                    raise
+    return out
+
+
+def _convert(file: Path, unet: Mapping[str, Any], model: Path, out: Path) -> None:
+    """Write the ControlNet of a file as the diffusers folder ``out``."""
+    from diffusers import ControlNetModel
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    stored: dict[str, Tensor] = {}
+    for name, weight in load_tensors(file).items():
+        stored[name.removeprefix(PREFIX)] = weight
+    config = _config_for(unet, model)
+    with as_line(f"--controlnet {file} cannot be converted", FAMILY):
+        converted = convert_controlnet_checkpoint(stored, config)
+    # A copy of each: tensors that share memory cannot be stored.
+    tensors: dict[str, Tensor] = {}
+    for name, weight in converted.items():
+        if weight is None:
+            raise HipaError(f"--controlnet {file} lacks the weight {name}. {FAMILY}")
+        tensors[name] = weight.clone().contiguous()
+    if len(tensors) != len(stored):
+        raise HipaError(
+            f"--controlnet {file} has {len(stored)} weights, of which {len(tensors)} are known. "
+            f"{FAMILY}"
+        )
+    with new_folder(out) as scratch:
+        text = json.dumps({"_class_name": KIND, **config}, indent=2, default=str)
+        (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
+        try:
+            save_file(tensors, scratch / f"{DIFFUSERS}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise HipaError(
+                f"--controlnet {file} cannot be stored in {out.parent}: {first_line(error)}"
+            ) from None
+        try:
+            check_part(ControlNetModel, scratch)
+        except HipaError as error:
+            # Its words name the folder that is made here.
+            words = reason_of(error).replace(str(scratch), "it")
+            raise HipaError(
+                f"--controlnet {file} does not fit the model: {words}. {FAMILY}"
+            ) from None
+
+
+def _config_for(unet: Mapping[str, Any], model: Path) -> dict[str, Any]:
+    """The configuration of a ControlNet for a UNet: the original training copies the UNet's."""
+    import torch
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    module: Any = build(UNet2DConditionModel, unet, model / "unet" / CONFIG)
+    with torch.device("meta"):
+        network = ControlNetModel.from_unet(module, load_weights_from_unet=False)
+    return {key: value for key, value in network.config.items() if not key.startswith("_")}
