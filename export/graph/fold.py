@@ -58,8 +58,8 @@ def fold_timestep(unet: UNet2DConditionModel | ControlNetModel, *timesteps: int)
     bias. With several timesteps the bias is a row of a table.
 
     Args:
-        unet: or a ControlNet, in float32; it is changed in place. With several timesteps it takes the index of one,
-            int64 [1], in place of a timestep.
+        unet: or a ControlNet, in float32; it is changed in place. With several timesteps it takes
+            the index of one, int64 [1], in place of a timestep.
         timesteps: one or more, 0 to 999.
 
     Returns:

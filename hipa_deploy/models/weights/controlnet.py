@@ -55,7 +55,7 @@ SAME = ("in_channels", "block_out_channels", "layers_per_block", "cross_attentio
 
 
 def controlnet_folder(controlnet: Path, model: Path) -> Path:
-    """The diffusers folder of a ControlNet; one in a single file is converted into the user's cache.
+    """The diffusers folder of a ControlNet; a single file is converted into the user's cache.
 
     Args:
         controlnet: a folder, or a file of weights in the original layout or by diffusers' names.
