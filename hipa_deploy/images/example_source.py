@@ -69,7 +69,7 @@ def example_inputs(
     """
     image_HWC = example_image(height, width, number)
     if task == "control":
-        return {"control": image_HWC, "control_scale": np.float32(EXAMPLE_SCALE)}
+        return {"control": image_HWC, "control_scale": np.asarray(EXAMPLE_SCALE, np.float32)}
     if task == "upscale":
         # Take every n-th pixel, then enlarge: as blurred as an image that is to be enlarged is.
         small_HWC = image_HWC[::upscale, ::upscale]

@@ -26,7 +26,7 @@ from hipa_deploy.models.weights.weight_file import is_pickled, load_tensors, rea
 from hipa_deploy.models.weights.weight_files import DIFFUSERS, find_weights
 
 if TYPE_CHECKING:
-    from diffusers import ControlNetModel
+    from diffusers.models.controlnets.controlnet import ControlNetModel
     from torch import Tensor
 
 CONFIG = "config.json"
@@ -148,7 +148,7 @@ def load_controlnet(controlnet: Path) -> ControlNetModel:
         HipaError: as ``load_part``.
 
     """
-    from diffusers import ControlNetModel
+    from diffusers.models.controlnets.controlnet import ControlNetModel
 
     network: ControlNetModel = load_part(ControlNetModel, controlnet)
     return network
@@ -214,7 +214,7 @@ def _converted(file: Path, model: Path) -> Path:
 
 def _convert(file: Path, unet: Mapping[str, Any], model: Path, out: Path) -> None:
     """Write the ControlNet of a file as the diffusers folder ``out``."""
-    from diffusers import ControlNetModel
+    from diffusers.models.controlnets.controlnet import ControlNetModel
     from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -258,7 +258,8 @@ def _convert(file: Path, unet: Mapping[str, Any], model: Path, out: Path) -> Non
 def _config_for(unet: Mapping[str, Any], model: Path) -> dict[str, Any]:
     """The configuration of a ControlNet for a UNet: the original training copies the UNet's."""
     import torch
-    from diffusers import ControlNetModel, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
+    from diffusers.models.controlnets.controlnet import ControlNetModel
 
     module: Any = build(UNet2DConditionModel, unet, model / "unet" / CONFIG)
     with torch.device("meta"):
