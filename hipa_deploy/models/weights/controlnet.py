@@ -214,8 +214,8 @@ def _converted(file: Path, model: Path) -> Path:
 
 def _convert(file: Path, unet: Mapping[str, Any], model: Path, out: Path) -> None:
     """Write the ControlNet of a file as the diffusers folder ``out``."""
-    from diffusers.models.controlnets.controlnet import ControlNetModel
     from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+    from diffusers.models.controlnets.controlnet import ControlNetModel
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
