@@ -21,7 +21,7 @@ from hipa_deploy.export.generic.generic_modules import (
     GenericUNet,
 )
 from hipa_deploy.export.generic.generic_pair import TEXT_PARTS, encoder_keys, hidden_states
-from hipa_deploy.export.graph.conditioning import cut_conditioning
+from hipa_deploy.export.graph.conditioning import cut_conditioning, cut_control
 from hipa_deploy.export.graph.fold import fold_timestep
 from hipa_deploy.export.graph.modules import (
     Generator,
@@ -197,11 +197,15 @@ def unet_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> On
     """The UNet with the adaptor merged and its timesteps folded; and a ControlNet beside it."""
     unet, _ = parts.unet()
     control = parts.control_network()
-    for network in (unet, control):
-        if network is not None and parts.has_text_pair:
-            cut_conditioning(network)
-        elif network is not None:
-            fold_timestep(network, *settings.timesteps(step))
+    if parts.has_text_pair:
+        channels = cut_conditioning(unet)
+        if control is not None:
+            cut_control(control, channels)
+    else:
+        timesteps = settings.timesteps(step)
+        fold_timestep(unet, *timesteps)
+        if control is not None:
+            fold_timestep(control, *timesteps)
     return OneStepUNet(
         unet,
         step,

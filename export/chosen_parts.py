@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from hipa_deploy.bundle.manifest import AdaptorInfo, ControlInfo, DecoderInfo, EncoderInfo
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.graph.conditioning import Conditioning
+from hipa_deploy.export.graph.conditioning import Conditioning, JointConditioning
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.model_parts import ModelParts, free_memory
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
@@ -134,13 +134,19 @@ class ChosenParts:
         """The context float32 [B, L, D] and the pooled vector float32 [B, P] of both encoders."""
         return pair_context(*pair, tokens_BL, tokens_2_BL, self.chunk_tokens, self.clip_skip)
 
-    def conditioning(self, timesteps: Sequence[int], sizes: Sequence[int] | None) -> Conditioning:
+    def conditioning(
+        self, timesteps: Sequence[int], sizes: Sequence[int] | None
+    ) -> Conditioning | JointConditioning:
         """What the UNet, with LoRAs and adaptor merged, makes of the pooled vector.
 
-        The rest of the UNet is freed again.
+        After it what a ControlNet makes of it. The rest of both networks is freed again.
         """
         unet, _ = self.unet()
-        return Conditioning(unet, timesteps, sizes)
+        own = Conditioning(unet, timesteps, sizes)
+        controlnet = self.control_network()
+        if controlnet is None:
+            return own
+        return JointConditioning(own, Conditioning(controlnet, timesteps, sizes, CONTROL))
 
     def text_encoder(self) -> CLIPTextModel:
         """The model's text encoder with LoRAs merged and words added; no adaptor changes it."""

@@ -378,6 +378,8 @@ class SwapOptions:
         decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
         style: LoRAs to merge before the adaptor, and the bundle's own embeddings.
         one_step: the step of a LoRA that others made, as for ``ExportOptions``.
+        controlnet: the ControlNetModel folder of a bundle for the task control, in whose graph the
+            adaptor's weights lie; None for other tasks.
         signing_key: the private key that signs swap.json; None leaves it unsigned.
 
     """
@@ -390,6 +392,7 @@ class SwapOptions:
     decoder: Path | None = None
     style: Style = field(default_factory=Style)
     one_step: str | None = None
+    controlnet: Path | None = None
     signing_key: Path | None = None
 
     def __post_init__(self) -> None:
@@ -442,6 +445,7 @@ def check_swap_request(options: SwapOptions) -> None:
     if options.decoder is not None:
         model.check_tiny_decoder(options.decoder)
     _check_same_base(options, bundle, model)
+    _check_same_control(options, bundle)
     like_bundle = _bundle_options(options, bundle)
     settings = choose_task(like_bundle, model)
     _check_timestep(options, bundle, settings)
@@ -492,6 +496,21 @@ def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) ->
         )
 
 
+def _check_same_control(options: SwapOptions, bundle: Bundle) -> None:
+    """Raise HipaError unless the ControlNet is the bundle's: one stage holds it and the UNet."""
+    expected = bundle.manifest.control
+    given = options.controlnet
+    if expected is None:
+        if given is not None:
+            raise HipaError(f"{bundle.root} has no ControlNet. Leave out --controlnet.")
+        return
+    if given is None or not has_identity(given, expected.sha256):
+        raise HipaError(
+            f"{bundle.root} was exported with the ControlNet {expected.name}, which lies in one "
+            "graph with the UNet. Give it with --controlnet."
+        )
+
+
 def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
     """The options that ``bundle`` was exported with, but for the adaptor."""
     manifest = bundle.manifest
@@ -508,6 +527,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         fuse="generator" in bundle.stages,
         decoder=options.decoder,
         task=manifest.task,
+        controlnet=options.controlnet,
         strengths=tuple(entry.strength for entry in manifest.strengths),
         style=options.style,
         context_tokens=manifest.text.context_tokens,

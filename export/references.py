@@ -332,7 +332,8 @@ def add_step(
 ) -> References:
     """Add 'output' and 'latents' of the one step, at every strength of an edit.
 
-    Of SDXL also 'conditioning', as the UNet's blocks compute it in the general form.
+    Of SDXL also 'conditioning', as the blocks of UNet and ControlNet compute it in the general
+    form.
     """
     # In the layout generic the noise is scaled already.
     noise_scale = step.noise_scale if layout == "onestep" else 1.0
@@ -343,7 +344,7 @@ def add_step(
     with (
         watched(watch, "unet", unet) as largest,
         watched(watch, "controlnet", controlnet) as of_control,
-        _recorded(parts, unet, layout) as recorder,
+        _recorded(parts, layout, unet, controlnet) as recorder,
     ):
         for index, start in enumerate(settings.starts(step)):
             output_BCHW, latents_BCHW = _one_step(
@@ -366,12 +367,15 @@ def add_step(
 
 
 def _recorded(
-    parts: ChosenParts, unet: UNet2DConditionModel, layout: Layout
+    parts: ChosenParts,
+    layout: Layout,
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel | None,
 ) -> AbstractContextManager[Recorder | None]:
     """A recorder of SDXL's conditioning; nothing for another model, or where the UNet keeps it."""
     if layout == "generic" or not parts.has_text_pair:
         return nullcontext()
-    return Recorder(unet)
+    return Recorder(unet) if controlnet is None else Recorder(unet, controlnet)
 
 
 def _added_conditions(

@@ -31,7 +31,7 @@ from hipa_deploy.bundle.manifest import (
     TensorSpec,
 )
 from hipa_deploy.export.generic.generic_rows import SIZE_NUMBERS, PairSizes, Row, generic_rows
-from hipa_deploy.export.graph.conditioning import Conditioning
+from hipa_deploy.export.graph.conditioning import Conditioning, JointConditioning
 from hipa_deploy.export.graph.fold import fold_decoder_input, fold_encoder_output
 from hipa_deploy.export.graph.upsample import fold_upsampling
 from hipa_deploy.generate.x0 import predict_x0_in_a_graph
@@ -112,7 +112,7 @@ class _TextPair(torch.nn.Module):
         self,
         encoder: CLIPTextModel,
         encoder_2: CLIPTextModelWithProjection,
-        conditioning: Conditioning,
+        conditioning: Conditioning | JointConditioning,
         dtype: torch.dtype,
         chunk_tokens: int = 77,
         clip_skip: int = 0,
@@ -240,8 +240,14 @@ class OneStepUNet(torch.nn.Module):
         sample_BCHW = sample_BCHW.to(context_BLD.dtype)
         residuals = {}
         if self.task == "control":
+            conditioning_BK = timestep if "conditioning" in tensors else None
             residuals = control_residuals(
-                self.controlnet, sample_BCHW, timestep, context_BLD, tensors
+                self.controlnet,
+                sample_BCHW,
+                self.step.timestep,
+                context_BLD,
+                tensors,
+                conditioning_BK=conditioning_BK,
             )
         output_BCHW = self.unet(sample_BCHW, timestep, context_BLD, return_dict=False, **residuals)[
             0
@@ -316,6 +322,7 @@ def control_residuals(
     context_BLD: torch.Tensor,
     tensors: Mapping[str, torch.Tensor],
     added: Mapping[str, torch.Tensor] | None = None,
+    conditioning_BK: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """What a ControlNet adds to the UNet's blocks, as keywords of the UNet.
 
@@ -327,6 +334,7 @@ def control_residuals(
         tensors: 'control' uint8 [B, H, W, 3]; 'control_scale' float32 [B], by which each image's
             residuals are multiplied: 1 is the ControlNet as it was trained, 0 switches it off.
         added: what diffusers calls ``added_cond_kwargs``, of SDXL in its general form.
+        conditioning_BK: of SDXL after ``cut_control``.
 
     """
     # A ControlNet takes colours in [0, 1], and not in [-1, 1] as the VAE does.
@@ -338,6 +346,7 @@ def control_residuals(
         context_BLD,
         control_BCHW,
         conditioning_scale=scale_B111,
+        timestep_cond=conditioning_BK,
         added_cond_kwargs=added,
         return_dict=False,
     )

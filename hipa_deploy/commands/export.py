@@ -229,7 +229,6 @@ def export(
                     dynamic,
                     task,
                     strengths,
-                    controlnet,
                     build,
                     for_target,
                     context_tokens,
@@ -242,8 +241,8 @@ def export(
         if not others_are_default:
             raise HipaError(
                 "--swap-for takes --model, --config, --vae, --adaptor, --adaptor-scale, "
-                "--one-step, --lora, --embedding, --decoder, --sign and --out; the bundle decides "
-                "everything else. Leave the other options out."
+                "--one-step, --lora, --embedding, --decoder, --controlnet, --sign and --out; the "
+                "bundle decides everything else. Leave the other options out."
             )
         style = parse_style(lora, embedding)
         _export_swap(
@@ -255,6 +254,7 @@ def export(
             one_step,
             style,
             decoder,
+            controlnet,
             swap_for,
             out,
             sign,
@@ -399,6 +399,7 @@ def _export_swap(
     one_step: str | None,
     style: Style,
     decoder: str,
+    controlnet: str | None,
     bundle: Path,
     out: Path,
     signing_key: Path | None,
@@ -407,7 +408,7 @@ def _export_swap(
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_request import SwapOptions, check_swap_request
-    from hipa_deploy.models.locate import resolve_decoder, unpacked
+    from hipa_deploy.models.locate import resolve_controlnet, resolve_decoder, unpacked
     from hipa_deploy.models.lora.early_lora import check_before_model
 
     if adaptor is None and not style.loras:
@@ -433,6 +434,7 @@ def _export_swap(
         out=out,
         decoder=resolve_decoder(decoder, model),
         one_step=one_step,
+        controlnet=resolve_controlnet(controlnet, model) if controlnet else None,
         signing_key=signing_key,
     )
     check_swap_request(options)

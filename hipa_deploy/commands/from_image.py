@@ -1,4 +1,4 @@
-"""The commands that make images from an image: ``hipa-edit``, ``-inpaint``, ``-control`` and so on."""
+"""The commands that make images from an image: ``hipa-edit``, ``hipa-inpaint`` and so on."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_request import BYTES, early_model
 from hipa_deploy.export.task import asked_size, choose_task
 from hipa_deploy.models.weights.early_check import known_shapes
+from hipa_deploy.tasks import takes_source
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 DECODER_PARTS = ("decoder.", "post_quant_conv.")
@@ -55,7 +56,7 @@ def predicted_sizes(options: ExportOptions) -> tuple[StageSize, ...] | None:
     scale = step.height * step.width // math.prod(step.latent_shape[1:])
     wide = BYTES[options.dtype]
 
-    weights = _weights(options, model.folder, settings.task != "generate", wide)
+    weights = _weights(options, model.folder, takes_source(settings.task), wide)
     if weights is None:
         return None
     unet_channels = model.config.unet["block_out_channels"][0]
@@ -103,12 +104,26 @@ def _weights(
         numbers["vae_encoder"] = _count(vae, ENCODER_PARTS)
     unet = known_shapes(folder / "unet")
     if unet is not None and options.layout == "onestep":
-        unet = {name: unet[name] for name in unet if not any(part in name for part in TIME_PARTS)}
+        unet = _without_time(unet)
     numbers["unet"] = _count(unet)
+    if options.controlnet is not None:
+        controlnet = known_shapes(options.controlnet)
+        if controlnet is None:
+            return None
+        numbers["unet"] += _count(_without_time(controlnet))
     numbers[DECODER_STAGE] = _count(vae, DECODER_PARTS)
     if min(numbers.values()) < 0:
         return None
     return {stage: -(-count * wide >> 20) for stage, count in numbers.items()}
+
+
+def _without_time(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The weights of a network whose timestep is folded."""
+    kept = {}
+    for name, shape in shapes.items():
+        if not any(part in name for part in TIME_PARTS):
+            kept[name] = shape
+    return kept
 
 
 def _count(shapes: dict[str, tuple[int, ...]] | None, starts: tuple[str, ...] = ("",)) -> int:
