@@ -27,6 +27,7 @@ TIME_PARTS = ("time_embedding.", "time_emb_proj.")
 # first level, and for each pixel and channel of the decoder's last level. These are the graphs of
 # SD 1.5 and SD 2.1 at both of their sizes, with fused attention (docs/memory.json).
 UNET_VALUES = 20
+CONTROL_VALUES = 6  # more with a ControlNet beside the UNet, of SD 1.5's graph
 DECODER_VALUES = 8
 
 
@@ -60,8 +61,11 @@ def predicted_sizes(options: ExportOptions) -> tuple[StageSize, ...] | None:
     if weights is None:
         return None
     unet_channels = model.config.unet["block_out_channels"][0]
+    unet_values = UNET_VALUES
+    if options.controlnet is not None:
+        unet_values += CONTROL_VALUES
     activations = {
-        "unet": UNET_VALUES * unet_channels * (pixels // scale) * wide,
+        "unet": unet_values * unet_channels * (pixels // scale) * wide,
         DECODER_STAGE: DECODER_VALUES * model.config.vae["block_out_channels"][0] * pixels * wide,
     }
     for part in TEXT_PARTS:

@@ -246,7 +246,9 @@ def control_source(
         task="control",
         image_HWC=_fitted(bundle, original_HWC, height, width),
         scale=float(scale),
-        facts={**_facts("control", original_HWC), "scale": float(scale)},
+        # No 'source': none of the control image's pixels is in the result. So it counts as made by
+        # a model, and not as a picture that was changed.
+        facts={"task": "control", "control": _sha256(original_HWC), "scale": float(scale)},
     )
 
 

@@ -1,0 +1,117 @@
+"""Which ControlNets are taken, and what is said of the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from hipa_deploy.embedded import MODEL
+from hipa_deploy.errors import HipaError
+from hipa_deploy.models.locate import resolve_controlnet
+from hipa_deploy.models.weights.controlnet import DEFAULTS, check_controlnet
+from hipa_deploy.models.weights.part_config import defaults_of
+from tests.tiny_controlnet import write_original
+from tests.tiny_model import make_model
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def test_the_defaults_are_those_of_the_library() -> None:
+    known = defaults_of(ControlNetModel)
+    assert {key: known[key] for key in DEFAULTS} == DEFAULTS
+    of_unet = defaults_of(UNet2DConditionModel)
+    for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+        assert of_unet[key] == DEFAULTS[key]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "sd")
+
+
+@pytest.fixture(scope="module")
+def published(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("control") / "edges"
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    ControlNetModel.from_unet(unet).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_file_with_the_names_of_diffusers_is_taken(
+    model: Path, published: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "edges.safetensors"
+    file.write_bytes((published / WEIGHTS).read_bytes())
+    folder = resolve_controlnet(str(file), str(model))
+    assert load_file(folder / WEIGHTS).keys() == load_file(published / WEIGHTS).keys()
+    # The second time it is there.
+    assert resolve_controlnet(str(file), str(model)) == folder
+
+
+def test_a_file_that_lacks_a_weight(model: Path, published: Path, tmp_path: Path) -> None:
+    file = write_original(published, tmp_path / "edges.safetensors")
+    tensors = load_file(file)
+    del tensors["control_model.zero_convs.1.0.bias"]
+    save_file(tensors, file)
+    with pytest.raises(HipaError, match=r"edges\.safetensors lacks the weight controlnet_down"):
+        resolve_controlnet(str(file), str(model))
+
+
+def test_a_file_with_a_weight_too_many(model: Path, published: Path, tmp_path: Path) -> None:
+    file = write_original(published, tmp_path / "edges.safetensors")
+    save_file(load_file(file) | {"control_model.attic.weight": torch.zeros(3)}, file)
+    with pytest.raises(HipaError, match=r"edges\.safetensors has \d+ weights, of which \d+"):
+        resolve_controlnet(str(file), str(model))
+
+
+def test_a_file_for_another_model(published: Path, tmp_path: Path) -> None:
+    file = write_original(published, tmp_path / "edges.safetensors")
+    with pytest.raises(HipaError, match=r"edges\.safetensors does not fit the model: it"):
+        resolve_controlnet(str(file), str(MODEL))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_out_channels": [320, 640, 1280, 1280]}, "block_out_channels"),
+        ({"cross_attention_dim": 2048}, "cross_attention_dim"),
+        ({"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ({"class_embed_type": "timestep"}, "class_embed_type"),
+        ({"conditioning_channels": 1}, "1 channels"),
+        ({"conditioning_embedding_out_channels": [16, 32]}, "2 times"),
+        ({"layers_per_block": 0}, "layers_per_block"),
+    ],
+)
+def test_a_configuration_that_does_not_fit(
+    published: Path, tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    unet = json.loads((published / "config.json").read_text())
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(unet | changes))
+    (folder / WEIGHTS).write_bytes((published / WEIGHTS).read_bytes())
+    with pytest.raises(HipaError, match=said):
+        check_controlnet(folder, unet, 8)
+
+
+def test_one_that_fits(published: Path) -> None:
+    unet = json.loads((published / "config.json").read_text())
+    check_controlnet(published, unet, 8)
+
+
+def test_a_folder_without_weights(published: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((published / "config.json").read_text())
+    unet = json.loads((published / "config.json").read_text())
+    with pytest.raises(HipaError, match="weights"):
+        check_controlnet(tmp_path, unet, 8)
