@@ -158,7 +158,11 @@ def _use_added_words(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
     rust: Any = tokenizer.backend_tokenizer
     content = json.loads(rust.to_str())
     for token in content["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
+        if token["content"] in names:
+            token["content"] = names[token["content"]]
+            # The name is in the text only once the normalizer has put it there. What is stripped
+            # around a word is white space, which the splitting into words drops in any case.
+            token.update(normalized=True, lstrip=False, rstrip=False)
     rust.__setstate__(json.dumps(content).encode())
     set_words(tokenizer, replacements)
     problem = tokenizer_problem(rust.to_str())
