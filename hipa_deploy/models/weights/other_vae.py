@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from hipa_deploy.disk.files import check_space, new_folder, user_cache
+from hipa_deploy.disk.files import check_space, new_folder, scratch_folder, user_cache
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
 from hipa_deploy.models.weights.load_part import check_part
@@ -264,18 +264,42 @@ def _rename(file: Path, scratch: Path, weights: Path, tensors: Mapping[str, Tens
 
 
 def _linked(model: Path, part: Path, name: str) -> Path:
-    """The folder of links to the parts of a model, and to another VAE."""
+    """The folder of links to the parts of a model, and to another VAE; it is brought up to date."""
     places = [str(model.resolve()), str(part.resolve())]
     key = hashlib.sha256(json.dumps(places).encode()).hexdigest()[:24]
     out = user_cache() / "models" / key / name
-    if out.is_dir():
-        links = list(out.iterdir())
-        if links and all(link.exists() for link in links):
-            return out
-        shutil.rmtree(out)  # the model or the VAE has been moved, and is back
-    with new_folder(out) as scratch:
-        for entry in sorted(model.iterdir()):
-            if entry.name != PART:
-                (scratch / entry.name).symlink_to(entry.resolve())
-        (scratch / PART).symlink_to(part.resolve())
+    # A part that is a link itself may point elsewhere tomorrow: so it is linked to, not its target.
+    links = {entry.name: model.resolve() / entry.name for entry in sorted(model.iterdir())}
+    links[PART] = part.resolve()
+    if not out.is_dir():
+        try:
+            with new_folder(out) as scratch:
+                for link, target in links.items():
+                    (scratch / link).symlink_to(target)
+        except (HipaError, OSError):
+            # Another process may have made the same folder meanwhile. Its links are equal.
+            if not out.is_dir():
+                raise
+    _renew(out, links)
     return out
+
+
+def _renew(folder: Path, links: Mapping[str, Path]) -> None:
+    """Let a folder consist of these links; other processes that read it find every part there."""
+    for entry in folder.iterdir():
+        if entry.name not in links or not entry.is_symlink():
+            _remove(entry)
+    for name, target in links.items():
+        link = folder / name
+        if link.is_symlink() and link.readlink() == target:
+            continue
+        with scratch_folder(folder.parent, name) as holder:
+            (holder / name).symlink_to(target)
+            (holder / name).replace(link)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)  # another process may have removed it

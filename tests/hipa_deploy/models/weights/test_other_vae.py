@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import model_folder, unpacked
+from hipa_deploy.models.weights import other_vae
 from tests.original_layout import vae_names, write_checkpoint
 from tests.tiny_model import make_model
 from tests.tiny_sdxl import make_sdxl
@@ -131,6 +136,72 @@ def test_a_folder_whose_model_was_moved_is_made_again(
     (out / "vae").symlink_to(tmp_path / "nowhere")
     assert model_folder(str(copy), vae=str(file)) == out
     assert same(load_file(out / "vae" / NAME), other)
+
+
+def test_two_at_once_make_one_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+    usual = other_vae.new_folder
+
+    @contextmanager
+    def at_once(out: Path) -> Iterator[Path]:
+        with usual(out) as scratch:
+            both.wait(10)
+            yield scratch
+
+    monkeypatch.setattr(other_vae, "new_folder", at_once)
+    vae = shutil.copytree(model / "vae", tmp_path / "mine")
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(model_folder, str(model), vae=str(vae)) for _ in range(2)]
+        first, second = (each.result() for each in made)
+    assert first == second
+    assert (first / "vae").resolve() == vae
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(Path, "symlink_to", full)
+    with pytest.raises(OSError, match="no space"):
+        model_folder(str(model), vae=str(model / "vae"))
+    assert not list((tmp_path / "cache" / "models").glob("*/*"))
+
+
+def test_a_part_that_is_a_link_is_followed_wherever_it_points(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    first = shutil.move(copy / "unet", tmp_path / "first")
+    second = shutil.copytree(first, tmp_path / "second")
+    (copy / "unet").symlink_to(first)
+    vae = str(shutil.copytree(model / "vae", tmp_path / "mine"))
+    out = model_folder(str(copy), vae=vae)
+    assert (out / "unet").resolve() == first
+    (copy / "unet").unlink()
+    (copy / "unet").symlink_to(second)
+    assert model_folder(str(copy), vae=vae) == out
+    assert (out / "unet").resolve() == second
+
+
+def test_the_parts_are_those_that_the_model_has_now(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    shutil.move(copy / "tokenizer", tmp_path / "tokenizer")
+    (copy / "notes.txt").write_text("draft", encoding="utf-8")
+    vae = str(shutil.copytree(model / "vae", tmp_path / "mine"))
+    out = model_folder(str(copy), vae=vae)
+    assert {entry.name for entry in out.iterdir()} == {entry.name for entry in copy.iterdir()}
+    shutil.move(tmp_path / "tokenizer", copy / "tokenizer")
+    (copy / "notes.txt").unlink()
+    # What somebody has put into the cache is no part of the model.
+    (out / "text_encoder").unlink()
+    (out / "text_encoder").mkdir()
+    (out / "text_encoder" / "config.json").write_text("{}", encoding="utf-8")
+    (out / "stray").write_text("", encoding="utf-8")
+    assert model_folder(str(copy), vae=vae) == out
+    assert {entry.name for entry in out.iterdir()} == {entry.name for entry in copy.iterdir()}
+    assert (out / "text_encoder").resolve() == copy / "text_encoder"
 
 
 @pytest.mark.parametrize("is_sdxl", [False, True], ids=["sd", "sdxl"])
