@@ -47,7 +47,8 @@ def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenize
 
     A folder that was saved with embeddings has their words among its added tokens. They are found
     as diffusers finds them: exactly as they are written, and a word of several vectors is all of
-    them.
+    them. One difference remains: where TOKEN and TOKEN_1 stand in one prompt, diffusers reads
+    TOKEN_1 as all of TOKEN's vectors and more, and here it is its one vector.
 
     Args:
         config: of the model.
