@@ -50,8 +50,9 @@ def read_image(source: ImageSource) -> np.ndarray:
 
     - A file or a Pillow image is turned upright as its EXIF orientation says.
     - Of an animation the current frame is read; for a file that is the first one.
-    - Transparent pixels are shown over white. The transparent level of a PNG with grey of 2 or 4
-      bits is lost if the Pillow image was decoded before: Pillow no longer tells its depth.
+    - Transparent pixels are shown over white. Of a PNG whose Pillow image was decoded or copied
+      before, a transparent level of grey of 2 or 4 bits is lost, and a transparent colour of 16
+      bits without a level above 255 is taken as one of 8: Pillow no longer tells the depth.
     - Colours become sRGB, as the file's ICC profile says, or the colour chunks of a PNG, or EXIF's
       Adobe RGB (``hipa_deploy/images/colour.py``). Without any of these the numbers are taken as
       sRGB, those of CMYK as Pillow converts them.
