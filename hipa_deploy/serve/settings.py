@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hipa_deploy.disk.quiet_pillow import MAX_PIXELS
 from hipa_deploy.disk.reading import MIB
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.read import MAX_PIXELS
 
 
 @dataclass(frozen=True)
