@@ -62,15 +62,12 @@ class ServedBundle:
         """
         pipe = OneStepPipeline.load(self.bundle.root, backend)
         try:
+            if self.adaptors:
+                self.swap_problem = _swap_problem(pipe)
             self.warm_up = pipe.warmup(limits.batch)
         except BaseException:
             pipe.close()
             raise
-        if self.adaptors:
-            try:
-                pipe.check_swaps()
-            except HipaError as error:
-                self.swap_problem = str(error)
         watch = metrics.watch(self.name)
         self.pipe = pipe
         self.backend = pipe.backend
@@ -196,6 +193,15 @@ def check_start(bundles: Sequence[str], backend: str) -> Models:
     """
     check_backend(backend)
     return Models(bundles)
+
+
+def _swap_problem(pipe: OneStepPipeline) -> str | None:
+    """Why a pipeline cannot take another adaptor; None: it can."""
+    try:
+        pipe.check_swaps()
+    except HipaError as error:
+        return str(error)
+    return None
 
 
 def _name_and_folder(text: str) -> tuple[str, Path]:
