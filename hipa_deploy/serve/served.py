@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hipa_deploy.bundle.adaptor_swap import FOLDER, AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.embedded import resolve_bundle
+from hipa_deploy.embedded import bundle_name, resolve_bundle
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.jobs.batch_sizes import WarmUp
 from hipa_deploy.generate.open_stages import has_engine
@@ -209,7 +209,7 @@ def _name_and_folder(text: str) -> tuple[str, Path]:
     if not equals or Path(text).exists():
         name, folder = "", text
     root = resolve_bundle(folder)
-    name = name or (folder if root != Path(folder) else root.resolve().name)
+    name = name or bundle_name(folder)
     if not _NAME.fullmatch(name):
         raise HipaError(
             f"{brief(name)} cannot be the name of a model. Expected letters, digits and . _ -, "

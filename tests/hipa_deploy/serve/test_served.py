@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.embedded import BUNDLE
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.serve.serve_metrics import ServeMetrics
-from hipa_deploy.serve.served import ServedBundle
+from hipa_deploy.serve.served import Models, ServedBundle
 from hipa_deploy.serve.settings import Limits
 
 
@@ -65,3 +68,13 @@ def test_a_failure_of_any_kind_closes_the_pipeline(
         served.load("onnxruntime", Limits(batch=1), ServeMetrics())
     assert len(closed) == 1
     assert not served.ready
+
+
+def test_a_link_serves_under_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prod").symlink_to(BUNDLE)
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    for given in ("../prod", str(tmp_path / "prod"), "../prod/"):
+        assert list(Models([given]).by_name) == ["prod"]
+    monkeypatch.chdir(BUNDLE)
+    assert list(Models(["."]).by_name) == ["bundle"]
