@@ -292,9 +292,29 @@ class TensorRTRunner(ClosesAtExit):
             # A changed engine may need more than the one that was loaded.
             try:
                 self._place_activations()
-            except HipaError:
+            except BaseException:
                 self.close()  # the contexts have the address of a block that is gone
                 raise
+
+    def look_at_engine(
+        self, look: Callable[[ModuleType, Any], None], stage: str | None = None
+    ) -> None:
+        """Call ``look(trt, engine)``, which reads properties of the engine and alters nothing.
+
+        Unlike with ``change_engine``, graphs and the activations' block stay as they are.
+
+        Args:
+            look: receives the module of TensorRT and the engine.
+            stage: whose engine; None: the first stage's.
+
+        Raises:
+            HipaError: a closed runner, or what ``look`` raises.
+
+        """
+        with self._one_call:
+            if self._closing is None:
+                raise HipaError(f"{self.spec.name}: the runner is closed.")
+            self._stages[stage or next(iter(self._stages))].change(look)
 
     @property
     def activation_bytes(self) -> int:
@@ -536,6 +556,10 @@ class StageRunner(ClosesAtExit):
     def change_engine(self, change: Callable[[ModuleType, Any], None]) -> None:
         """Alter this stage's engine; see ``TensorRTRunner.change_engine``."""
         self._owner.change_engine(change, self.spec.name)
+
+    def look_at_engine(self, look: Callable[[ModuleType, Any], None]) -> None:
+        """Look at this stage's engine; see ``TensorRTRunner.look_at_engine``."""
+        self._owner.look_at_engine(look, self.spec.name)
 
     @property
     def device_ms(self) -> float | None:

@@ -1,12 +1,22 @@
-"""Pillow's warnings are left out while an image of a user is read, in any number of threads."""
+"""Pillow's words about the images of users: its warnings are left out, in any number of threads.
+
+Its limit on pixels is said as ours.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MAX_PIXELS = 1 << 27  # 134 megapixels; more than any camera but a few medium formats has
 
 
 class _Quiet:
@@ -69,3 +79,13 @@ def quiet_pillow() -> Iterator[None]:
         yield
     finally:
         _QUIET.end()
+
+
+def bomb_in_words(error: Image.DecompressionBombError) -> str:
+    """What to say of an image that Pillow does not open, since it has more than 179 megapixels."""
+    # Pillow tells the number of pixels, but neither width nor height.
+    number = re.search(r"[0-9]+(?= pixels)", str(error))
+    count = number[0] if number else "too many"
+    return (
+        f"the image has {count} pixels. Expected 1 to {MAX_PIXELS} pixels in all. Make it smaller."
+    )

@@ -11,6 +11,7 @@ May import nothing of the project.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).parent
@@ -49,3 +50,19 @@ def resolve_bundle(name: str | Path) -> Path:
     if str(name) == NAME and not path.exists():
         return BUNDLE
     return path
+
+
+def bundle_name(bundle: str | Path) -> str:
+    """Return what users call a bundle: the last part of the path that was given, or 'emoji'.
+
+    Of a link it is the link's own name: 'prod' stays 'prod', whichever bundle it leads to.
+
+    Example:
+        >>> bundle_name("emoji"), bundle_name("bundles/prod/")
+        ('emoji', 'prod')
+
+    """
+    if resolve_bundle(bundle) != Path(bundle):
+        return str(bundle)
+    # Of '.' and '..' it is the folder's name. ``resolve`` would follow links.
+    return os.path.basename(os.path.abspath(bundle))  # noqa: PTH100, PTH119

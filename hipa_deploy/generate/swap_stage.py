@@ -40,6 +40,9 @@ class EngineRunner(Runner, Protocol):
     def change_engine(self, change: Callable[[ModuleType, Any], None]) -> None:
         """Call ``change(trt, engine)``, which may alter the engine, while nothing runs on it."""
 
+    def look_at_engine(self, look: Callable[[ModuleType, Any], None]) -> None:
+        """Call ``look(trt, engine)``, which alters nothing: captured graphs stay."""
+
 
 def swap_stage(
     bundle: Bundle, runner: Runner | None, backend: str, swap: AdaptorSwap | None
@@ -95,7 +98,7 @@ def check_swaps(bundle: Bundle, runner: Runner | None, backend: str) -> None:
     def look(trt: ModuleType, engine: Any) -> None:
         check_refittable(trt, engine, adapted_stage(bundle), library, remedy)
 
-    cast(EngineRunner, runner).change_engine(look)
+    cast(EngineRunner, runner).look_at_engine(look)
 
 
 def _check_backend(backend: str) -> None:

@@ -20,16 +20,19 @@ def decode(image: Image.Image) -> None:
     - Of colours of 16 bits Pillow keeps the upper 8. So all colours that share these with the
       transparent one become transparent: the ground surely is, and a neighbour so near to it is
       rare.
-    - An image that is decoded already keeps a grey as it is, because Pillow no longer tells of how
-      many bits that was.
+    - An image that is decoded already, or a copy of one, keeps a grey as it is, because Pillow no
+      longer tells of how many bits that was. Of a colour it keeps one whose levels 8 bits can hold.
     """
     # Pillow forgets how the pixels are stored once it has decoded them.
     tiles = getattr(image, "tile", None)
     stored = tiles[0][3] if tiles else None
     image.load()
     key = image.info.get("transparency")
-    if image.format == "PNG" and key is not None:
-        image.info["transparency"] = _key_of_eight_bits(key, image.mode, stored)
+    if key is None:
+        return
+    # A copy has no format any more, and other formats have no such depths.
+    known = stored if image.format == "PNG" else None
+    image.info["transparency"] = _key_of_eight_bits(key, image.mode, known)
 
 
 def _key_of_eight_bits(key: Any, mode: str, stored: Any) -> Any:

@@ -6,7 +6,6 @@ Shapes: H, W height and width in pixels; C = 3 colour channels.
 from __future__ import annotations
 
 import os
-import re
 import struct
 import threading
 import warnings
@@ -18,7 +17,7 @@ from typing import cast
 import numpy as np
 from PIL import Image, ImageOps
 
-from hipa_deploy.disk.quiet_pillow import quiet_pillow
+from hipa_deploy.disk.quiet_pillow import MAX_PIXELS, bomb_in_words, quiet_pillow
 from hipa_deploy.disk.reading import MIB, check_file
 from hipa_deploy.errors import HipaError, HipaWarning, as_line
 from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
@@ -33,7 +32,6 @@ _TO_EIGHT_BITS = 257  # 65535 / 255
 MAX_FILE = 512 * MIB
 _STRIP_PIXELS = 1 << 22
 _ROUNDING = 1e-6  # of a pixel: by so much an edge between two may miss them
-MAX_PIXELS = 1 << 27  # 134 megapixels; more than any camera but a few medium formats has
 MAX_SIDE = 1 << 20  # Pillow's lists of rows, and single rows, would take gigabytes beyond it
 # Formats of Pillow that start another program, are no pixels, or read other files.
 _NOT_READ = ("EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "FPX", "MIC", "PCD")
@@ -50,8 +48,9 @@ def read_image(source: ImageSource) -> np.ndarray:
 
     - A file or a Pillow image is turned upright as its EXIF orientation says.
     - Of an animation the current frame is read; for a file that is the first one.
-    - Transparent pixels are shown over white. The transparent level of a PNG with grey of 2 or 4
-      bits is lost if the Pillow image was decoded before: Pillow no longer tells its depth.
+    - Transparent pixels are shown over white. Of a PNG whose Pillow image was decoded or copied
+      before, a transparent level of grey of 2 or 4 bits is lost, and a transparent colour of 16
+      bits without a level above 255 is taken as one of 8: Pillow no longer tells the depth.
     - Colours become sRGB, as the file's ICC profile says, or the colour chunks of a PNG, or EXIF's
       Adobe RGB (``hipa_deploy/images/colour.py``). Without any of these the numbers are taken as
       sRGB, those of CMYK as Pillow converts them.
@@ -317,16 +316,6 @@ def _formats() -> list[str]:
     """The formats that are read."""
     Image.init()
     return [name for name in Image.ID if name not in _NOT_READ]
-
-
-def bomb_in_words(error: Image.DecompressionBombError) -> str:
-    """What to say of an image that Pillow does not open, since it has more than 179 megapixels."""
-    # Pillow tells the number of pixels, but neither width nor height.
-    number = re.search(r"[0-9]+(?= pixels)", str(error))
-    count = number[0] if number else "too many"
-    return (
-        f"the image has {count} pixels. Expected 1 to {MAX_PIXELS} pixels in all. Make it smaller."
-    )
 
 
 def _check_pixels(image: Image.Image) -> None:

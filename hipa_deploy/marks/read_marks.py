@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from hipa_deploy.disk.quiet_pillow import quiet_pillow
+from hipa_deploy.disk.quiet_pillow import bomb_in_words, quiet_pillow
 from hipa_deploy.disk.reading import MIB, check_file
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.marks.a1111 import KEYWORD, parse_infotext
@@ -87,9 +87,16 @@ def read_marks(path: str | Path) -> FileMarks:
     with (
         as_line(f"{path} cannot be read", _REMEDY),
         quiet_pillow(),
-        Image.open(path, formats=_FORMATS) as image,
+        _opened(path) as image,
     ):
         return _marks_of(image)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise HipaError(f"{path} cannot be read: {bomb_in_words(error)}") from None
 
 
 def read_parameters(path: str | Path) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenize
 
     A folder that was saved with embeddings has their words among its added tokens. They are found
     as diffusers finds them: exactly as they are written, and a word of several vectors is all of
-    them.
+    them. One difference remains: where TOKEN and TOKEN_1 stand in one prompt, diffusers reads
+    TOKEN_1 as all of TOKEN's vectors and more, and here it is its one vector.
 
     Args:
         config: of the model.
@@ -158,7 +159,11 @@ def _use_added_words(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
     rust: Any = tokenizer.backend_tokenizer
     content = json.loads(rust.to_str())
     for token in content["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
+        if token["content"] in names:
+            token["content"] = names[token["content"]]
+            # The name is in the text only once the normalizer has put it there. What is stripped
+            # around a word is white space, which the splitting into words drops in any case.
+            token.update(normalized=True, lstrip=False, rstrip=False)
     rust.__setstate__(json.dumps(content).encode())
     set_words(tokenizer, replacements)
     problem = tokenizer_problem(rust.to_str())

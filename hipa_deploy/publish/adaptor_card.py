@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from hipa_deploy.disk.reading import read_json
@@ -29,6 +29,8 @@ from hipa_deploy.publish.peft_files import PEFT_WEIGHTS
 from hipa_deploy.tasks import Task
 
 TAGS = ("lora", "one-step", "hipa")
+# Keys of a recipe that name a file or a folder of the one who trained.
+PATHS = ("images", "prompts", "real_images")
 LAST_TIMESTEP = 999  # of Stable Diffusion's schedule, where DDIM's one step starts
 EXAMPLES: dict[Task, str] = {
     "generate": 'hipa-generate my-bundle "a lighthouse" --out image.png',
@@ -164,10 +166,12 @@ def _recipe(metadata: AdaptorMetadata, base: BaseModel) -> dict[str, object]:
     rows["task"] = metadata.task
     folder = _source_folder(metadata)
     if folder:
-        rows[f"folder of images{of}"] = folder
+        rows[f"folder of images{of}"] = _name(folder)
     # Inpainting and super-resolution of a folder have its captions in place of the prompts.
     if not folder or metadata.task == "edit":
-        rows[f"prompts{of}"] = f"{recipe.get('prompts')} (SHA-256 `{metadata.prompts_sha256}`)"
+        rows[f"prompts{of}"] = (
+            f"{_name(recipe.get('prompts'))} (SHA-256 `{metadata.prompts_sha256}`)"
+        )
     rows |= {
         "image size": f"{metadata.resolution[1]} x {metadata.resolution[0]} pixels",
         "timestep": metadata.timestep,
@@ -207,7 +211,8 @@ def _origin(metadata: AdaptorMetadata) -> dict[str, object]:
 def _average(metadata: AdaptorMetadata) -> dict[str, Any] | None:
     """What ``hipa-train --average`` recorded; None for an adaptor that was trained."""
     average = metadata.recipe.get("average")
-    if not isinstance(average, dict) or not isinstance(average.get("left_out"), float):
+    # A program that wrote the file anew may have made 0 of 0.0.
+    if not isinstance(average, dict) or not isinstance(average.get("left_out"), int | float):
         return None
     return average if isinstance(average.get("adaptors"), list) else None
 
@@ -221,7 +226,17 @@ def _source_folder(metadata: AdaptorMetadata) -> str | None:
 
 
 def _flat(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in values.items() if value is not None)
+    parts = []
+    for name, value in values.items():
+        if value is not None:
+            parts.append(f"{name} = {_name(value) if name in PATHS else value}")
+    return ", ".join(parts)
+
+
+def _name(path: object) -> str:
+    """A path's last part: the folders before it are nobody's business."""
+    # Of Windows, since it takes both kinds of slashes.
+    return PureWindowsPath(str(path)).name or "."
 
 
 def _cost(folder: Path, metadata: AdaptorMetadata) -> dict[str, object]:
@@ -258,21 +273,24 @@ def _cost(folder: Path, metadata: AdaptorMetadata) -> dict[str, object]:
 def _teacher_cost(metadata: AdaptorMetadata) -> dict[str, object]:
     """What the teacher made for the training."""
     teacher = metadata.recipe.get("teacher")
-    if not isinstance(teacher, dict) or not {"pairs", "steps", "guidance"} <= teacher.keys():
+    if not isinstance(teacher, dict):
+        return {}
+    numbers = [teacher.get(key) for key in ("pairs", "steps", "guidance")]
+    if not all(isinstance(number, int | float) for number in numbers):
         return {}
     # Guidance needs the UNet twice a step, with and without the prompt.
     calls = teacher["steps"] * (2 if teacher["guidance"] > 1 else 1)
     pairs = teacher["pairs"]
     if metadata.task == "generate" and not _needs_targets(metadata.recipe):
         # They are made for the sample grid alone.
-        pairs = min(pairs, metadata.recipe.get("samples", pairs))
+        pairs = min(pairs, metadata.recipe.get("samples") or pairs)
     rows: dict[str, object] = {}
     folder = _source_folder(metadata)
     if not folder:
         rows["teacher's images"] = f"{pairs:,}, {calls} UNet evaluations each"
     if metadata.task == "edit":
         source = metadata.recipe.get("source")
-        each = source.get("per_image", 1) if isinstance(source, dict) else 1
+        each = (source.get("per_image") if isinstance(source, dict) else None) or 1
         # How many images a folder had is not recorded.
         count = f"{each:,} of each image" if folder else f"{pairs * each:,}"
         rows["teacher's edits"] = f"{count}, at most {calls} UNet evaluations each"
@@ -287,7 +305,8 @@ def _needs_targets(recipe: dict[str, Any]) -> bool:
 
     def weight(table: str, name: str, default: float = 0.0) -> float:
         values = recipe.get(table)
-        return values.get(name, default) if isinstance(values, dict) else default
+        value = values.get(name) if isinstance(values, dict) else None
+        return default if value is None else value
 
     if not weight("score", "weight"):
         return True

@@ -5,6 +5,9 @@ Shapes: H, W height and width in pixels; C channels.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from itertools import islice
 from typing import IO, Literal
 
 import numpy as np
@@ -22,8 +25,13 @@ _UPLOADS = ("PNG", "JPEG", "WEBP")
 # Of a JPEG: a progressive one has about ten. Each goes over all pixels again, and a file of a
 # megabyte can hold tens of thousands: minutes of a core. libjpeg's djpeg has -maxscans for them.
 _MOST_SCANS = 100
-_SCAN = b"\xff\xda"  # within what is compressed it cannot occur
-_CHUNK = 1 << 16  # bytes
+_SCAN = 0xDA
+_END = 0xD9
+# Of a JPEG, scans among them: a photo has up to some hundreds, of 64 KiB each at most.
+_MOST_SEGMENTS = 10_000
+# A mark that a segment follows, and the end. Zero follows a byte 0xFF of what is compressed; 0xD0
+# to 0xD7 stand between its parts. Those and marks below 0xC0 libjpeg passes over, without a length.
+_MARK = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")
 BEST = 100  # quality of a JPEG or WebP; of a WebP it means lossless
 
 
@@ -36,7 +44,8 @@ def open_upload(file: IO[bytes], what: str, most_pixels: int) -> Image.Image:
         most_pixels: of width times height.
 
     Raises:
-        HipaError: not a PNG, JPEG or WebP, too many pixels, or a JPEG of too many scans.
+        HipaError: not a PNG, JPEG or WebP, too many pixels, or a JPEG of too many scans or
+            segments.
 
     """
     file.seek(0)
@@ -62,18 +71,44 @@ def open_upload(file: IO[bytes], what: str, most_pixels: int) -> Image.Image:
 
 
 def _check_scans(file: IO[bytes], what: str) -> None:
+    """Check that a JPEG has no more scans than a decoder may be asked to go through.
+
+    Raises:
+        HipaError: more scans, or more segments, than any camera or program writes.
+
+    """
     place = file.tell()
     file.seek(0)
-    scans = 0
-    end = b""  # of the part before: a mark may lie across both
-    while chunk := file.read(_CHUNK):
-        scans += (end + chunk).count(_SCAN)
-        end = chunk[-1:]
+    content = file.read()
     file.seek(place)
+    marks = list(islice(_marks(content), _MOST_SEGMENTS + 1))
+    if len(marks) > _MOST_SEGMENTS:
+        raise HipaError(
+            f"the {what} is a JPEG of more than {_MOST_SEGMENTS} segments. Expected at most "
+            f"{_MOST_SEGMENTS}. Save it again."
+        )
+    scans = marks.count(_SCAN)
     if scans > _MOST_SCANS:
         raise HipaError(
             f"the {what} is a JPEG of {scans} scans. Expected at most {_MOST_SCANS}. Save it again."
         )
+
+
+def _marks(content: bytes) -> Iterator[int]:
+    """The marks of a JPEG's segments, as libjpeg comes to them, up to the end of the first image.
+
+    What lies within a segment does not count, such as a thumbnail; nor what follows the image, such
+    as the film of a phone's moving photo, where the bytes of a mark occur by chance.
+    """
+    place = 0
+    while found := _MARK.search(content, place):
+        mark = found[1][0]
+        if mark == _END:
+            return
+        yield mark
+        # Of what is skipped, the length counts itself; libjpeg takes less than that for nothing.
+        length = int.from_bytes(content[found.end() : found.end() + 2], "big")
+        place = found.end() + max(length, 2)
 
 
 def mask_of_alpha(image: Image.Image, what: str) -> np.ndarray:

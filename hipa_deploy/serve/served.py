@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hipa_deploy.bundle.adaptor_swap import FOLDER, AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.embedded import resolve_bundle
+from hipa_deploy.embedded import bundle_name, resolve_bundle
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.jobs.batch_sizes import WarmUp
 from hipa_deploy.generate.open_stages import has_engine
@@ -62,15 +62,12 @@ class ServedBundle:
         """
         pipe = OneStepPipeline.load(self.bundle.root, backend)
         try:
+            if self.adaptors:
+                self.swap_problem = _swap_problem(pipe)
             self.warm_up = pipe.warmup(limits.batch)
         except BaseException:
             pipe.close()
             raise
-        if self.adaptors:
-            try:
-                pipe.check_swaps()
-            except HipaError as error:
-                self.swap_problem = str(error)
         watch = metrics.watch(self.name)
         self.pipe = pipe
         self.backend = pipe.backend
@@ -198,12 +195,21 @@ def check_start(bundles: Sequence[str], backend: str) -> Models:
     return Models(bundles)
 
 
+def _swap_problem(pipe: OneStepPipeline) -> str | None:
+    """Why a pipeline cannot take another adaptor; None: it can."""
+    try:
+        pipe.check_swaps()
+    except HipaError as error:
+        return str(error)
+    return None
+
+
 def _name_and_folder(text: str) -> tuple[str, Path]:
     name, equals, folder = text.partition("=")
     if not equals or Path(text).exists():
         name, folder = "", text
     root = resolve_bundle(folder)
-    name = name or (folder if root != Path(folder) else root.resolve().name)
+    name = name or bundle_name(folder)
     if not _NAME.fullmatch(name):
         raise HipaError(
             f"{brief(name)} cannot be the name of a model. Expected letters, digits and . _ -, "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hipa_deploy.disk.quiet_pillow import MAX_PIXELS
 from hipa_deploy.disk.reading import MIB
 from hipa_deploy.errors import HipaError
-from hipa_deploy.images.read import MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ BODY_SECONDS = 30.0  # for the body of a request to arrive, and longer as it arr
 # Bytes of a body for which a client has another second. 32 MiB in 30 s would need 9 Mbit/s, which
 # many have not; a byte now and then still ends at ``BODY_SECONDS``.
 BODY_RATE = 64 * 1024
+LEAST_UPLOADS = 16  # bodies on their way at once that a service takes, however short its queues are
+UPLOAD_WAIT = 5  # seconds after which one more may try again
 HEAD_SECONDS = 10.0  # for the head of a request to arrive
 ANSWER_SECONDS = 60.0  # for a client to take a part of the answer
 # For the next request on a connection. A proxy that keeps its connections for longer sends a

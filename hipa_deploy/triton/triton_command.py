@@ -41,11 +41,11 @@ def triton(
     """
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.disk.files import refuse_to_overwrite
-    from hipa_deploy.embedded import resolve_bundle
+    from hipa_deploy.embedded import bundle_name, resolve_bundle
     from hipa_deploy.triton.model_repository import check_repository_request, write_repository
 
     root = resolve_bundle(bundle)
-    chosen = name or (bundle if root != Path(bundle) else root.resolve().name)
+    chosen = name or bundle_name(bundle)
     checked = check_repository_request(chosen, backend, instances)
     opened = Bundle.open(root)
     refuse_to_overwrite(out)

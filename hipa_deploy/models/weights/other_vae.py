@@ -11,24 +11,25 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
-from hipa_deploy.disk.files import check_space, new_folder, user_cache
+from hipa_deploy.disk.files import check_space, new_folder, scratch_folder, user_cache
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
 from hipa_deploy.models.weights.load_part import check_part
-from hipa_deploy.models.weights.part_config import defaults_of, known_values, read_config
+from hipa_deploy.models.weights.part_config import build, defaults_of, known_values, read_config
 from hipa_deploy.models.weights.weight_file import is_pickled, load_tensors, read_layout
 from hipa_deploy.models.weights.weight_files import DIFFUSERS, current_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+SECOND = "text_encoder_2"  # of SDXL's family
 CONFIG = "config.json"
 PART = "vae"
 # How names begin in a whole checkpoint, whose VAE is taken, and in the file of a VAE of some tools.
@@ -40,6 +41,12 @@ ORIGINAL = "encoder.down.0.block.0.conv1.weight"
 CURRENT = "encoder.down_blocks.0.resnets.0.conv1.weight"
 # Of a tiny autoencoder, in its own layout and in diffusers'.
 TINY = ("0.weight", "1.weight", "encoder.layers.0.weight", "decoder.layers.1.weight")
+# How names begin beside the VAE's in a whole checkpoint, and the family of models that has them.
+BESIDE_TEXT = {
+    "conditioner.embedders.": "SDXL's family",
+    "cond_stage_model.": "Stable Diffusion 1.x and 2.x",
+}
+EXPECTED = "Expected one of the model's family."
 # What both must have in common, so that the model's latents are the other VAE's.
 SAME = ("latent_channels", "in_channels", "out_channels", "scaling_factor", "shift_factor")
 
@@ -55,7 +62,7 @@ def check_vae(vae: Path) -> Path:
     if vae.is_dir():
         _part_of(vae)
     else:
-        _shapes(vae)
+        _shapes(vae, _stored(vae))
     return vae
 
 
@@ -147,7 +154,9 @@ def _values(part: Path) -> dict[str, Any]:
 
 def _converted(model: Path, file: Path) -> Path:
     """The folder of a VAE in one file, with the configuration of the model's own VAE."""
-    shapes = _shapes(file)
+    stored = _stored(file)
+    shapes = _shapes(file, stored)
+    _check_family(model, file, stored)
     values = _values(model / PART)
     key = {"format": 1, "file": file_sha256(file), "config": values}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
@@ -164,17 +173,49 @@ def _converted(model: Path, file: Path) -> Path:
     return out
 
 
-def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names, as the VAE itself has them, and shapes of the VAE's tensors in a file.
+def _stored(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in a file.
 
     Raises:
-        HipaError: the file cannot be read, or holds no VAE.
+        HipaError: the file cannot be read.
 
     """
     if is_pickled(file):
-        stored = {name: tuple(weight.shape) for name, weight in load_tensors(file).items()}
-    else:
-        stored = {name: layout.shape for name, layout in read_layout(file).items()}
+        return {name: tuple(weight.shape) for name, weight in load_tensors(file).items()}
+    return {name: layout.shape for name, layout in read_layout(file).items()}
+
+
+def _check_family(model: Path, file: Path, stored: Iterable[str]) -> None:
+    """Check that a whole checkpoint is of the model's family, as the names of its text encoder say.
+
+    The VAEs of both families have the same weights, and their latents are scaled otherwise.
+
+    Raises:
+        HipaError: it is of the other one.
+
+    """
+    prefixes = tuple(BESIDE_TEXT)
+    found = {prefix for prefix in prefixes for name in stored if name.startswith(prefix)}
+    own = prefixes[0] if (model / SECOND / CONFIG).is_file() else prefixes[1]
+    if found and own not in found:
+        raise HipaError(
+            f"--vae {file} is a whole checkpoint of {BESIDE_TEXT[found.pop()]}, and the model is "
+            f"of {BESIDE_TEXT[own]}. Its VAE is for other latents: every image would be wrong. "
+            "Give a VAE of the model's family."
+        )
+
+
+def _shapes(file: Path, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names, as the VAE itself has them, and shapes of the VAE's tensors in a file.
+
+    Args:
+        file: for messages.
+        stored: as ``_stored`` has them.
+
+    Raises:
+        HipaError: the file holds no VAE.
+
+    """
     shapes = {}
     for name, inner in _inner_names(stored).items():
         shapes[inner] = stored[name]
@@ -206,7 +247,6 @@ def _convert(
     file: Path, shapes: Mapping[str, tuple[int, ...]], values: Mapping[str, Any], out: Path
 ) -> None:
     """Write the VAE of a file as the diffusers folder ``out``."""
-    from diffusers import AutoencoderKL
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -215,67 +255,120 @@ def _convert(
     for name, inner in _inner_names(stored).items():
         # A copy: tensors that share memory cannot be stored.
         tensors[inner] = stored[name].clone().contiguous()
+    if CURRENT not in shapes:
+        tensors = _renamed(file, tensors, values)
+    _check_names(file, tensors, values, out / CONFIG)
+    given = sum(math.prod(shape) for shape in shapes.values())
+    used = sum(weight.numel() for weight in tensors.values())
+    if used != given:
+        raise HipaError(
+            f"--vae {file} has {given:,} weights, and the model's VAE has {used:,}. {EXPECTED}"
+        )
     with new_folder(out) as scratch:
-        weights = scratch / f"{DIFFUSERS}.safetensors"
         text = json.dumps({"_class_name": "AutoencoderKL", **values}, indent=2, default=str)
         (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
         try:
-            save_file(tensors, weights)
-            if CURRENT not in shapes:
-                _rename(file, scratch, weights, tensors)
+            save_file(tensors, scratch / f"{DIFFUSERS}.safetensors")
         except (OSError, SafetensorError) as error:
             raise HipaError(
                 f"--vae {file} cannot be stored in {out.parent}: {first_line(error)}"
             ) from None
-        with as_line(f"--vae {file} does not fit the model", "Give a VAE of its family."):
-            check_part(AutoencoderKL, scratch)
 
 
-def _rename(file: Path, scratch: Path, weights: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the weights in ``scratch`` once more, by diffusers' names.
+def _renamed(
+    file: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Weights of the original layout by diffusers' names; in float32, if their types differ.
 
     Raises:
-        HipaError: they are not all of the VAE that the configuration describes.
+        HipaError: diffusers cannot convert them.
 
     """
-    import torch
-    from diffusers import AutoencoderKL
-    from diffusers.utils import logging
+    from diffusers.loaders import single_file_utils
 
-    logging.disable_progress_bar()
-    dtypes = {weight.dtype for weight in tensors.values()}
-    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    expected = "Expected one of the model's family."
-    with as_line(f"--vae {file} cannot be converted", expected):
-        module = AutoencoderKL.from_single_file(
-            str(weights), config=str(scratch), local_files_only=True, torch_dtype=dtype
-        )
-    lacking = [name for name, weight in module.named_parameters() if weight.is_meta]
-    used = sum(weight.numel() for weight in module.parameters())
-    given = sum(math.prod(weight.shape) for weight in tensors.values())
-    if lacking or used != given:
-        missing = f" It lacks {lacking[0]}." if lacking else ""
-        raise HipaError(
-            f"--vae {file} has {given:,} weights, and the model's VAE has {used:,}.{missing} "
-            f"{expected}"
-        )
-    weights.unlink()
-    module.save_pretrained(scratch)
+    # ``from_single_file`` calls it too, and then fails where a weight is missing: it does not say
+    # which.
+    convert: Any = single_file_utils.convert_ldm_vae_checkpoint
+    with as_line(f"--vae {file} cannot be converted", EXPECTED):
+        renamed: dict[str, Tensor] = convert(dict(tensors), dict(values))
+    is_mixed = len({weight.dtype for weight in renamed.values()}) > 1
+    for name, weight in renamed.items():
+        renamed[name] = (weight.float() if is_mixed else weight).contiguous()
+    return renamed
+
+
+def _check_names(
+    file: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any], config: Path
+) -> None:
+    """Check that weights by diffusers' names are those of the VAE that a configuration describes.
+
+    Args:
+        file: for messages.
+        tensors: its weights.
+        values: of the configuration.
+        config: where the configuration is to be, for messages.
+
+    Raises:
+        HipaError: a weight is missing, of another shape, or one too many.
+
+    """
+    from diffusers import AutoencoderKL
+
+    module = build(AutoencoderKL, values, config)
+    own = {name: list(weight.shape) for name, weight in module.state_dict().items()}
+    shapes = {name: list(weight.shape) for name, weight in tensors.items()}
+    lacking = sorted(own.keys() - shapes.keys())
+    more = sorted(shapes.keys() - own.keys())
+    other = [name for name in own if name in shapes and shapes[name] != own[name]]
+    if not lacking and not more and not other:
+        return
+    if lacking:
+        problem = f"lacks {lacking[0]}"
+    elif more:
+        problem = f"has {more[0]}, for which the model's VAE has no place"
+    else:
+        name = other[0]
+        problem = f"has {name} of shape {shapes[name]}, and the model's VAE of {own[name]}"
+    raise HipaError(f"--vae {file} {problem}. {EXPECTED}")
 
 
 def _linked(model: Path, part: Path, name: str) -> Path:
-    """The folder of links to the parts of a model, and to another VAE."""
+    """The folder of links to the parts of a model, and to another VAE; it is brought up to date."""
     places = [str(model.resolve()), str(part.resolve())]
     key = hashlib.sha256(json.dumps(places).encode()).hexdigest()[:24]
     out = user_cache() / "models" / key / name
-    if out.is_dir():
-        links = list(out.iterdir())
-        if links and all(link.exists() for link in links):
-            return out
-        shutil.rmtree(out)  # the model or the VAE has been moved, and is back
-    with new_folder(out) as scratch:
-        for entry in sorted(model.iterdir()):
-            if entry.name != PART:
-                (scratch / entry.name).symlink_to(entry.resolve())
-        (scratch / PART).symlink_to(part.resolve())
+    # A part that is a link itself may point elsewhere tomorrow: so it is linked to, not its target.
+    links = {entry.name: model.resolve() / entry.name for entry in sorted(model.iterdir())}
+    links[PART] = part.resolve()
+    if not out.is_dir():
+        try:
+            with new_folder(out) as scratch:
+                for link, target in links.items():
+                    (scratch / link).symlink_to(target)
+        except (HipaError, OSError):
+            # Another process may have made the same folder meanwhile. Its links are equal.
+            if not out.is_dir():
+                raise
+    _renew(out, links)
     return out
+
+
+def _renew(folder: Path, links: Mapping[str, Path]) -> None:
+    """Let a folder consist of these links; other processes that read it find every part there."""
+    for entry in folder.iterdir():
+        if entry.name not in links or not entry.is_symlink():
+            _remove(entry)
+    for name, target in links.items():
+        link = folder / name
+        if link.is_symlink() and link.readlink() == target:
+            continue
+        with scratch_folder(folder.parent, name) as holder:
+            (holder / name).symlink_to(target)
+            (holder / name).replace(link)
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)  # another process may have removed it

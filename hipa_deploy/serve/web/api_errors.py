@@ -67,6 +67,21 @@ def queue_full(seconds: int) -> ApiError:
     )
 
 
+def too_many_uploads(seconds: int) -> ApiError:
+    """The answer where too many bodies are on their way.
+
+    Args:
+        seconds: after which to try again.
+
+    """
+    return ApiError(
+        429,
+        f"Too many uploads are under way. Try again in {seconds} seconds.",
+        "rate_limit_exceeded",
+        headers={"retry-after": str(seconds)},
+    )
+
+
 def error_response(
     status: int,
     message: str,

@@ -14,9 +14,15 @@ from urllib.parse import urlsplit
 
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.serve.arrivals import Arrivals
-from hipa_deploy.serve.settings import ANSWER_SECONDS, BODY_RATE, BODY_SECONDS, JSON_BODY
+from hipa_deploy.serve.settings import (
+    ANSWER_SECONDS,
+    BODY_RATE,
+    BODY_SECONDS,
+    JSON_BODY,
+    UPLOAD_WAIT,
+)
 from hipa_deploy.serve.time_limit import LateError, TimeLimit
-from hipa_deploy.serve.web.api_errors import ApiError, queue_full
+from hipa_deploy.serve.web.api_errors import ApiError, queue_full, too_many_uploads
 from hipa_deploy.serve.web.api_keys import ApiKeys
 
 Scope = MutableMapping[str, Any]
@@ -50,6 +56,7 @@ class Guard:
       flood that leaves the processor to those that were accepted. Requests that came in, and have
       no place in the queue yet, count as if they had one.
     - A body may have so many bytes, and so many seconds to arrive: more, the more has come.
+    - So many bodies may be on their way at once: what has come of each takes memory or disk space.
     - A client has so many seconds to take a part of its answer.
 
     Args:
@@ -61,6 +68,8 @@ class Guard:
         body: bytes that a request with images may have.
         arrivals: where requests on their way to the queue are counted; None counts them, and
             refuses none.
+        uploads: bodies that may be on their way at once, of those that do not come with their
+            head; None is any number.
 
     """
 
@@ -74,6 +83,7 @@ class Guard:
         open_paths: Iterable[str] = (),
         body: int,
         arrivals: Arrivals | None = None,
+        uploads: int | None = None,
     ) -> None:
         self._app = app
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
@@ -82,6 +92,11 @@ class Guard:
         self._open_paths = {*OPEN_PATHS, *open_paths}
         self._body = body
         self._arrivals = arrivals or Arrivals()
+
+        def refused_for(coming: int) -> int | None:
+            return None if uploads is None or coming < uploads else UPLOAD_WAIT
+
+        self._uploads = Arrivals(refused_for)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request in, or answer it here."""
@@ -99,14 +114,23 @@ class Guard:
             await _refuse(error, scope, body, send)
             return
         place = scope.get(PLACE)
-        # Only what has arrived whole counts: a client that sends slowly keeps nobody out.
-        if place is None and scope["method"] == "POST" and body.complete:
-            place = self._arrivals.enter()
-        scope["queued"] = lambda: self._arrivals.leave(place)
+        upload: object | None = None
+        if place is None and scope["method"] == "POST":
+            # Only what has arrived whole counts there: a client that sends slowly keeps nobody out.
+            if body.complete:
+                place = self._arrivals.enter()
+            else:
+                upload = self._uploads.enter()
+
+        def leave() -> None:
+            self._arrivals.leave(place)
+            self._uploads.leave(upload)
+
+        scope["queued"] = leave
         try:
             await self._app(scope, body.receive, send)
         finally:
-            self._arrivals.leave(place)
+            leave()
 
     async def _let_in(self, scope: Scope, headers: Headers, body: _Body) -> None:
         """Check all that can be checked before the application.
@@ -131,6 +155,9 @@ class Guard:
         await body.begin()
         # Others have come while this one was read.
         self._check_place()
+        seconds = self._uploads.refused_for()
+        if seconds is not None and not body.complete:
+            raise too_many_uploads(seconds)
 
     def _check_host(self, scope: Scope, headers: Headers) -> None:
         host = headers.one("host")

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.service import GoneError, ImageService
+from hipa_deploy.serve.settings import LEAST_UPLOADS
 from hipa_deploy.serve.web import openai_routes, own_routes, page_routes
 from hipa_deploy.serve.web.answering import DirectRoute
 from hipa_deploy.serve.web.api_errors import ApiError, error_response
@@ -67,6 +68,8 @@ def web_app(
         open_paths=page_routes.open_paths(),
         body=service.limits.body,
         arrivals=arrivals or Arrivals(service.full),
+        # More than there are places in the queues would be uploaded for nothing.
+        uploads=max(LEAST_UPLOADS, service.limits.queue * len(service.models.served)),
     )
     if origins:
         # Around the guard: a page of such a site must be able to read its refusals too.

@@ -142,6 +142,21 @@ def test_a_changed_engine_for_which_no_memory_is_left_closes_the_runner(gpu, tmp
     assert gpu.cudart.leaks == []
 
 
+def test_any_failure_to_place_the_activations_closes_the_runner(gpu, tmp_path, monkeypatch):
+    """The contexts have the address of a block that is gone."""
+
+    def fail(runner):
+        raise RuntimeError("the driver is gone")
+
+    runner = open_runner(gpu, tmp_path)
+    monkeypatch.setattr(type(runner), "_place_activations", fail)
+    with pytest.raises(RuntimeError, match="the driver is gone"):
+        runner.change_engine(lambda trt, engine: None)
+    with pytest.raises(HipaError, match="closed"):
+        runner(**INPUTS)
+    assert gpu.cudart.leaks == []
+
+
 def test_two_pipelines_have_a_block_each(gpu, tmp_path):
     """The fake refuses one block on two streams."""
     with open_runner(gpu, tmp_path) as one, open_runner(gpu, tmp_path, name="other") as other:

@@ -202,6 +202,27 @@ def test_an_engine_is_changed_while_idle_and_its_graph_captured_anew(fake):
         runner.change_engine(change)
 
 
+def test_looking_at_an_engine_keeps_what_is_captured(fake):
+    """A service looks whether an engine takes other weights; its first request is to be fast."""
+    seen = []
+
+    def look(trt, engine):
+        seen.append((trt.__name__, engine))
+
+    with fake() as runner:
+        runner(**INPUTS)
+        before = len(fake.gpu.cudart.log)
+        runner.look_at_engine(look)
+        runner.runners["unet"].look_at_engine(look)
+        engines = fake.gpu.engines
+        assert seen == [("fake_tensorrt", engines[name]) for name in ("text_encoder", "unet")]
+        assert calls(fake, before) == []
+        runner(**INPUTS)
+        assert "cudaStreamBeginCapture" not in calls(fake, before)
+    with pytest.raises(HipaError, match="closed"):
+        runner.look_at_engine(look)
+
+
 def test_device_time_is_of_each_stage_and_of_the_whole(fake):
     with fake() as runner:
         assert runner.device_ms is None

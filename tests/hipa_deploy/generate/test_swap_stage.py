@@ -37,9 +37,14 @@ class FakeRunner:
         self.engine = engine
         self.output = output
         self.closed = False
+        self.changes = 0
 
     def change_engine(self, change) -> None:
+        self.changes += 1
         change(fake_trt(), self.engine)
+
+    def look_at_engine(self, look) -> None:
+        look(fake_trt(), self.engine)
 
     def __call__(self, **inputs):
         for tensor in self.spec.inputs:
@@ -120,6 +125,21 @@ def test_an_engine_that_cannot_take_it_stays_open(engine_pipe: OneStepPipeline) 
     runner.engine.refittable = False
     with pytest.raises(HipaError, match="--backend tensorrt --refit"):
         engine_pipe.swap_adaptor("night")
+    assert not runner.closed
+
+
+@pytest.mark.parametrize("refittable", [True, False])
+def test_a_check_whether_swaps_are_possible_changes_no_engine(
+    engine_pipe: OneStepPipeline, refittable: bool
+) -> None:
+    runner = engine_pipe.runners["unet"]
+    runner.engine.refittable = refittable
+    if refittable:
+        engine_pipe.check_swaps()
+    else:
+        with pytest.raises(HipaError, match="--backend tensorrt --refit"):
+            engine_pipe.check_swaps()
+    assert runner.changes == 0
     assert not runner.closed
 
 

@@ -67,11 +67,15 @@ def test_a_transparent_colour(
     assert read_image(opened.copy())[0].tolist() == shown
 
 
-def test_a_decoded_image_of_16_bit_colour() -> None:
-    """Pillow no longer tells the depth, but no level of 8 bits is so high."""
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_a_decoded_image_of_16_bit_colour(is_copy: bool) -> None:
+    """Pillow no longer tells the depth, nor of a copy the format; no level of 8 bits is so high."""
     key = [0x1234, 0x5678, 0x9ABC]
     image = Image.open(io.BytesIO(keyed_png(np.array([[key, [0, 0, 0]]]), 16, key)))
     image.load()
+    if is_copy:
+        image = image.copy()
+        assert image.format is None
     assert read_image(image)[0].tolist() == [[255] * 3, [0] * 3]
 
 

@@ -82,6 +82,17 @@ def test_an_image_that_may_not_be_read(tmp_path: Path) -> None:
         is_image_file(path)
 
 
+def test_an_image_that_is_enormous(tmp_path: Path) -> None:
+    """Pillow would speak of an attack, and of a limit that is not ours."""
+    path = tmp_path / "x.png"
+    Image.new("1", (20_000, 10_000)).save(path)
+    words = (
+        r"x\.png cannot be read: the image has 200000000 pixels\. Expected 1 to 134217728 pixels"
+    )
+    with pytest.raises(HipaError, match=words):
+        read_marks(path)
+
+
 @settings(max_examples=30, deadline=None)
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 @pytest.mark.parametrize("suffix", SUFFIXES)

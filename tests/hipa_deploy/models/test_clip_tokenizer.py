@@ -16,7 +16,7 @@ import regex
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import CLIPTokenizer, CLIPTokenizerFast
+from transformers import AddedToken, CLIPTokenizer, CLIPTokenizerFast
 
 from hipa_deploy.bundle.tokenizer_file import tokenizer_problem
 from hipa_deploy.errors import HipaError
@@ -234,7 +234,9 @@ PROMPTS = [
 ]
 
 
-def add_words(folder: Path, words: tuple[str, ...], part: str = "tokenizer") -> CLIPTokenizer:
+def add_words(
+    folder: Path, words: tuple[str | AddedToken, ...], part: str = "tokenizer"
+) -> CLIPTokenizer:
     """Save a model's tokenizer with the words of embeddings, as a pipeline of diffusers does."""
     slow = CLIPTokenizer.from_pretrained(folder, subfolder=part)
     slow.add_tokens(list(words))
@@ -276,6 +278,33 @@ def test_words_in_a_tokenizer_json(copy: Path) -> None:
     again = load_tokenizer(ModelConfig.read(copy))
     assert words_of(again) == words_of(first)
     assert [ids(again, text) for text in PROMPTS] == [ids(first, text) for text in PROMPTS]
+
+
+FLAGGED = (
+    AddedToken("<Cat>", normalized=False),
+    AddedToken("<Cat>_1", normalized=False),
+    AddedToken("<Dog>", normalized=True, lstrip=True, rstrip=True),
+    AddedToken("<Owl>", normalized=False, lstrip=True),
+    AddedToken("<Elk>", normalized=False, rstrip=True),
+)
+
+
+@pytest.mark.parametrize("saved_by", ["slow", "fast"])
+def test_words_that_are_found_before_the_text_is_normalized(copy: Path, saved_by: str) -> None:
+    """``AddedToken`` has flags of where a word is found, and of the white space around it."""
+    fast = CLIPTokenizerFast.from_pretrained(copy, subfolder="tokenizer")
+    slow = add_words(copy, FLAGGED)
+    if saved_by == "fast":
+        fast.add_tokens(list(FLAGGED))
+        fast.save_pretrained(copy / "tokenizer")
+        saved = json.loads((copy / "tokenizer/tokenizer.json").read_text(encoding="utf-8"))
+        assert not saved["added_tokens"][-1]["normalized"]
+    tokenizer = load_tokenizer(ModelConfig.read(copy))
+    for text in ("a <Cat> b", "a  <Dog>  b", "a  <Owl>  b<Elk>  c", "<Cat><Dog>x<Owl>", "<cat>"):
+        converted = TextualInversionLoaderMixin().maybe_convert_prompt(text, slow)
+        expected = slow(converted, padding="max_length", max_length=77).input_ids
+        assert ids(tokenizer, text) == expected
+        assert prompt_tokenizer(tokenizer)([text])[0].tolist() == expected
 
 
 @pytest.mark.parametrize(("name", "part"), [("sd15", "tokenizer"), ("sdxl", "tokenizer_2")])

@@ -117,6 +117,43 @@ def test_a_card_of_an_average_says_so(adaptor: Path, tmp_path: Path) -> None:
         assert f"| {other} |" not in text
 
 
+def test_an_average_that_left_out_nothing_is_one(adaptor: Path, tmp_path: Path) -> None:
+    """A program that writes JSON anew may make 0 of 0.0."""
+    recipe = json.loads((adaptor / METADATA).read_text())["recipe"]
+    average = {"adaptors": ["a" * 64, "b" * 64], "rank": 8, "left_out": 0}
+    change(adaptor, recipe=recipe | {"average": average}, initial_sha256=None)
+    assert "| left out by its rank | 0.0% of the average's norm |" in card(adaptor, tmp_path / "o")
+
+
+def test_a_recipe_without_its_numbers_has_a_card(adaptor: Path, tmp_path: Path) -> None:
+    recipe = json.loads((adaptor / METADATA).read_text())["recipe"]
+    teacher = recipe["teacher"] | {"pairs": 60, "steps": 5, "guidance": 1.0}
+    loss = {"perceptual": "none", "hf_weight": None, "latent_weight": 0.0}
+    score = {"teacher": teacher, "loss": loss, "score": {"weight": 1.0}, "samples": None}
+    change(adaptor, recipe=recipe | score)
+    assert "| teacher's images | 60, 5 UNet" in card(adaptor, tmp_path / "samples")
+    change(adaptor, recipe=recipe | {"teacher": teacher | {"steps": None}})
+    assert "| teacher's images |" not in card(adaptor, tmp_path / "steps")
+    source = {"images": None, "per_image": None}
+    edit = recipe | {"teacher": teacher, "source": source}
+    change(adaptor, task="edit", strengths=[1.0], recipe=edit)
+    assert "| teacher's edits | 60, at most" in card(adaptor, tmp_path / "edit")
+
+
+def test_a_card_names_no_folder_of_the_one_who_trained(adaptor: Path, tmp_path: Path) -> None:
+    recipe = json.loads((adaptor / METADATA).read_text())["recipe"]
+    source = {"images": "../acme/photos/", "prompts": "acme\\edits.txt"}
+    more = {"prompts": "../acme/words.txt", "source": source}
+    more["latent_discriminator"] = {"weight": 1.0, "real_images": "../acme/real"}
+    change(adaptor, task="edit", strengths=[1.0], recipe=recipe | more)
+    text = card(adaptor, tmp_path / "out")
+    assert "| folder of images | photos |" in text
+    assert "| recipe [source] | images = photos, prompts = edits.txt |" in text
+    assert "real_images = real |" in text
+    assert "| prompts | words.txt (SHA-256" in text
+    assert "acme" not in text
+
+
 def test_a_card_names_the_data_that_were_used(adaptor: Path, tmp_path: Path) -> None:
     recipe = json.loads((adaptor / METADATA).read_text())["recipe"]
     teacher = recipe["teacher"] | {"pairs": 60, "steps": 5, "guidance": 1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -78,15 +79,22 @@ def segment(mark: int, content: bytes) -> bytes:
     return bytes([0xFF, mark]) + (len(content) + 2).to_bytes(2, "big") + content
 
 
-def jpeg_of_scans(scans: int) -> io.BytesIO:
-    """A valid progressive JPEG of 8x8 grey pixels: its first scan, and then empty ones."""
+def jpeg_of_scans(scans: int, between: bytes = b"", inside: bytes = b"") -> io.BytesIO:
+    """A valid progressive JPEG of 8x8 grey pixels: its first scan, and then empty ones.
+
+    Args:
+        scans: how many.
+        between: stands before the tables.
+        inside: stands at the end of what is compressed, in the first scan.
+
+    """
     tables = segment(0xDB, b"\0" + b"\1" * 64)
     tables += segment(0xC2, bytes([8, 0, 8, 0, 8, 1, 1, 0x11, 0]))
     tables += segment(0xC4, b"\0" + bytes([1] + [0] * 15) + b"\0")
     tables += segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\0")
-    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + b"\x7f"
+    first = segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + b"\x7f" + inside
     more = segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + b"\x7f"
-    return io.BytesIO(b"\xff\xd8" + tables + first + more * (scans - 1) + b"\xff\xd9")
+    return io.BytesIO(b"\xff\xd8" + between + tables + first + more * (scans - 1) + b"\xff\xd9")
 
 
 def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
@@ -97,6 +105,79 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
         open_upload(jpeg_of_scans(101), "image", 10_000)
     progressive = upload(np.zeros((64, 64, 3), np.uint8), "JPEG", progressive=True)
     assert read_image(progressive).shape == (64, 64, 3)
+
+
+SCANS = b"\xff\xda" * 200
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"between": segment(0xE1, b"Exif\0\0" + SCANS)},  # a thumbnail
+        {"between": b"\xff" * 300 + segment(0xFE, SCANS)},  # bytes that fill up
+        {"inside": b"\xff\x00\xff\xd0\xff\xd7"},  # data, and marks between its parts
+    ],
+    ids=["thumbnail", "fill", "data"],
+)
+def test_marks_inside_a_segment_are_no_scans(parts: dict[str, bytes]) -> None:
+    image = open_upload(jpeg_of_scans(100, **parts), "image", 10_000)
+    assert np.asarray(image).shape == (8, 8)
+    with pytest.raises(HipaError, match="a JPEG of 101 scans"):
+        open_upload(jpeg_of_scans(101, **parts), "image", 10_000)
+
+
+def test_what_follows_the_image_is_not_read() -> None:
+    """A phone's moving photo is a JPEG and then a film; its bytes are any."""
+    film = np.random.default_rng(0).integers(0, 256, 1 << 23, np.uint8).tobytes()
+    assert film.count(b"\xff\xda") > 100
+    photo = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(photo, "JPEG")
+    image = open_upload(io.BytesIO(photo.getvalue() + film), "image", 10_000)
+    assert np.asarray(image).shape == (8, 8, 3)
+
+
+def test_of_two_images_in_a_file_the_first_counts() -> None:
+    two = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(
+        two, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))]
+    )
+    many = two.getvalue() + jpeg_of_scans(101).getvalue()
+    image = open_upload(io.BytesIO(many), "image", 10_000)
+    assert image.format == "MPO"
+    assert np.asarray(image).shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("mark", [0x02, 0xBF, 0xD8])
+def test_scans_are_not_hidden_behind_a_mark_that_has_no_length(mark: int) -> None:
+    """libjpeg passes over such a mark alone where it looks for the next part of a scan."""
+    hiding = bytes([0xFF, mark]) + b"\xff\xfe" + b"\0" * 10
+    with pytest.raises(HipaError, match="a JPEG of 101 scans"):
+        open_upload(jpeg_of_scans(101, inside=hiding), "image", 10_000)
+
+
+@pytest.mark.parametrize("length", [b"", b"\xff", b"\0\0", b"\0\1", b"\xff\xff"])
+def test_a_length_that_is_none_or_beyond_the_end(length: bytes) -> None:
+    whole = jpeg_of_scans(1).getvalue()[:-2] + b"\xff\xfe" + length
+    assert open_upload(io.BytesIO(whole), "image", 10_000).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "filler", [b"\xff", b"\xff\x00", b"\xff\x01", b"\xff\xd0", b"\xff\xd8", b"\0"]
+)
+def test_a_large_file_is_gone_through_at_once(filler: bytes) -> None:
+    """As long as a body may be; seconds each would keep a core from the images of others."""
+    large = jpeg_of_scans(100, inside=filler * ((32 << 20) // len(filler)))
+    started = time.process_time()
+    open_upload(large, "image", 10_000)
+    assert time.process_time() - started < 2
+
+
+def test_a_jpeg_of_many_segments_is_refused() -> None:
+    large = jpeg_of_scans(1, inside=segment(0xFE, b"") * (1 << 20))
+    started = time.process_time()
+    with pytest.raises(HipaError, match="a JPEG of more than 10000 segments"):
+        open_upload(large, "image", 10_000)
+    assert time.process_time() - started < 2
 
 
 def test_an_image_beyond_pillows_own_limit_has_too_many_pixels() -> None:

@@ -24,6 +24,7 @@ let settling = null;
 let tries = 0;
 let asked = 0; // counts what was asked for: reading the mask takes a moment, and may be overtaken
 let tryAgain = makeNow; // what the button beside an error does
+let refusal = null; // why the page has given up asking what the service offers
 
 const form = new Form(formChanged);
 const result = new Result();
@@ -49,13 +50,13 @@ async function ask({ delay = false, keep = false, again = false } = {}) {
   newest.stop();
   clearTimeout(settling);
   if (!again) tries = 0;
-  tryAgain = makeNow;
   result.stale(result.shown !== null);
   if (!form.bundle) {
-    // What was typed is asked for when the service answers.
-    if (keep) showError(new FormProblem(NOT_CONNECTED, null));
+    // What was typed is asked for when the service answers. The button still loads the page anew.
+    if (keep) showError(refusal ?? new Error(NOT_CONNECTED));
     return;
   }
+  tryAgain = makeNow;
   let order;
   try {
     order = form.read();
@@ -216,7 +217,7 @@ function ideaButton(prompt) {
 /** A dropped or pasted file. Where the task needs no image, find out what it may be for. */
 async function received(file) {
   if (!form.bundle) {
-    showError(new FormProblem(NOT_CONNECTED, null));
+    showError(refusal ?? new Error(NOT_CONNECTED));
     return true;
   }
   if (form.task !== "generate") return false;
@@ -354,10 +355,11 @@ async function start() {
   }
   while (problem && isAway(problem)) {
     service("down");
-    await pause();
+    await pause(problem.retryAfter ?? 1);
     problem = await meetService();
   }
   if (problem) {
+    refusal = problem;
     service("down", "Not connected");
     showError(problem);
     return;
@@ -386,14 +388,14 @@ async function meetService() {
   return null;
 }
 
-/** Whether a service is not there: nobody answers, or a proxy before it says so. */
+/** Whether a service is not there: nobody answers, or a proxy before it says so, or to wait. */
 function isAway(problem) {
-  return problem.code === "unreachable" || [502, 503, 504].includes(problem.status);
+  return problem.code === "unreachable" || [429, 502, 503, 504].includes(problem.status);
 }
 
 /** The time between two questions whether the service is there, or ready. */
-function pause() {
-  return new Promise((resolve) => setTimeout(resolve, 1000));
+function pause(seconds = 1) {
+  return new Promise((resolve) => setTimeout(resolve, 1000 * Math.max(1, seconds)));
 }
 
 async function offerModels() {

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import model_folder, unpacked
+from hipa_deploy.models.weights import other_vae
 from tests.original_layout import vae_names, write_checkpoint
 from tests.tiny_model import make_model
 from tests.tiny_sdxl import make_sdxl
@@ -133,6 +139,74 @@ def test_a_folder_whose_model_was_moved_is_made_again(
     assert same(load_file(out / "vae" / NAME), other)
 
 
+def test_two_at_once_make_one_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+    usual = other_vae.new_folder
+
+    @contextmanager
+    def at_once(out: Path) -> Iterator[Path]:
+        with usual(out) as scratch:
+            both.wait(10)
+            yield scratch
+
+    monkeypatch.setattr(other_vae, "new_folder", at_once)
+    vae = shutil.copytree(model / "vae", tmp_path / "mine")
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(model_folder, str(model), vae=str(vae)) for _ in range(2)]
+        first, second = (each.result() for each in made)
+    assert first == second
+    assert (first / "vae").resolve() == vae
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr(Path, "symlink_to", full)
+    with pytest.raises(OSError, match="no space"):
+        model_folder(str(model), vae=str(model / "vae"))
+    assert not list((tmp_path / "cache" / "models").glob("*/*"))
+
+
+def test_a_part_that_is_a_link_is_followed_wherever_it_points(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    first = shutil.move(copy / "unet", tmp_path / "first")
+    second = shutil.copytree(first, tmp_path / "second")
+    (copy / "unet").symlink_to(first)
+    vae = str(shutil.copytree(model / "vae", tmp_path / "mine"))
+    out = model_folder(str(copy), vae=vae)
+    assert (out / "unet").resolve() == first
+    (copy / "unet").unlink()
+    (copy / "unet").symlink_to(second)
+    assert model_folder(str(copy), vae=vae) == out
+    assert (out / "unet").resolve() == second
+
+
+def test_the_parts_are_those_that_the_model_has_now(model: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    shutil.move(copy / "tokenizer", tmp_path / "tokenizer")
+    (copy / "notes.txt").write_text("draft", encoding="utf-8")
+    vae = str(shutil.copytree(model / "vae", tmp_path / "mine"))
+    out = model_folder(str(copy), vae=vae)
+    assert {entry.name for entry in out.iterdir()} == {entry.name for entry in copy.iterdir()}
+    shutil.move(tmp_path / "tokenizer", copy / "tokenizer")
+    assert model_folder(str(copy), vae=vae) == out
+    assert (out / "tokenizer").resolve() == copy / "tokenizer"
+    (copy / "notes.txt").unlink()
+    # What somebody has put into the cache is no part of the model.
+    (out / "text_encoder").unlink()
+    (out / "text_encoder").mkdir()
+    (out / "text_encoder" / "config.json").write_text("{}", encoding="utf-8")
+    (out / "stray").write_text("", encoding="utf-8")
+    assert model_folder(str(copy), vae=vae) == out
+    assert {entry.name for entry in out.iterdir()} == {entry.name for entry in copy.iterdir()}
+    assert (out / "text_encoder").resolve() == copy / "text_encoder"
+
+
 @pytest.mark.parametrize("is_sdxl", [False, True], ids=["sd", "sdxl"])
 @pytest.mark.parametrize("kind", ["original", "folder"])
 def test_a_checkpoint_without_a_vae(
@@ -229,14 +303,49 @@ def test_what_does_not_fit_is_refused(
     some = original(other)
     del some["decoder.conv_out.weight"]
     save_file(some, tmp_path / "half.safetensors")
-    refused(tmp_path / "half.safetensors", "half.safetensors")
+    refused(tmp_path / "half.safetensors", r"half.safetensors lacks decoder\.conv_out\.weight\.")
     more = original(other) | {"decoder.more.weight": torch.ones(3)}
     save_file(more, tmp_path / "more.safetensors")
     refused(tmp_path / "more.safetensors", "has .* weights, and the model's VAE has")
     wide = {name: torch.cat([w, w]) for name, w in original(other).items()}
     save_file(wide, tmp_path / "wide.safetensors")
-    refused(tmp_path / "wide.safetensors", "cannot be converted")
+    refused(tmp_path / "wide.safetensors", r"of shape \[16, .*\], and the model's VAE of \[8, ")
+    odd = original(other) | {"decoder.mid.attn_1.q.weight": torch.zeros(8, 8, 0, 1)}
+    save_file(odd, tmp_path / "odd.safetensors")
+    refused(tmp_path / "odd.safetensors", "cannot be converted")
+    one_more = other | {"extra.weight": torch.ones(2)}
+    save_file(one_more, tmp_path / "extra.safetensors")
+    refused(tmp_path / "extra.safetensors", r"/extra.safetensors has extra.weight, for which the")
     (tmp_path / "cut.safetensors").write_bytes((model / "vae" / NAME).read_bytes()[:500])
     refused(tmp_path / "cut.safetensors", "damaged")
     # Nothing of it is left in the cache.
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("is_sdxl", [False, True], ids=["sd", "sdxl"])
+def test_a_whole_checkpoint_of_the_other_family_is_refused(
+    model: Path, tmp_path: Path, is_sdxl: bool
+) -> None:
+    """Their VAEs have the same weights; the scaling of the latents would be wrong."""
+    sdxl = make_sdxl(tmp_path / "sdxl")
+    own, other = (sdxl, model) if is_sdxl else (model, sdxl)
+    checkpoint = write_checkpoint(other, tmp_path / "other.safetensors")
+    with pytest.raises(HipaError, match=r"is a whole checkpoint of .* for other latents"):
+        model_folder(str(own), vae=str(checkpoint))
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    own_checkpoint = write_checkpoint(own, tmp_path / "own.safetensors")
+    out = model_folder(str(own), vae=str(own_checkpoint))
+    assert same(load_file(out / "vae" / NAME), load_file(own / "vae" / NAME))
+
+
+def test_a_conversion_warns_of_nothing(
+    model: Path,
+    other: dict[str, torch.Tensor],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """diffusers does of its own way to change a precision."""
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    model_folder(str(model), vae=str(write("original", other, model, tmp_path)))
+    assert caplog.messages == []

@@ -315,6 +315,59 @@ def test_requests_on_their_way_to_the_queue_take_its_places() -> None:
     asyncio.run(run())
 
 
+def test_bodies_on_their_way_are_counted() -> None:
+    """What has come of each is in memory or on the disk, and a slow one comes for minutes."""
+    scopes: list[dict] = []
+    answers: list[dict] = []
+
+    async def app(scope, receive, send) -> None:
+        scopes.append(scope)
+        await asyncio.sleep(3600)
+
+    async def send(message: dict) -> None:
+        if message["type"] == "http.response.start":
+            answers.append(message)
+
+    async def run() -> None:
+        guard = Guard(app, body=100, uploads=2)
+
+        def come(method: str = "POST", *, more: bool = True) -> asyncio.Task:
+            parts = [{"type": "http.request", "body": b"--x", "more_body": more}]
+
+            async def receive() -> dict:
+                return parts.pop() if parts else {"type": "http.disconnect"}
+
+            form = b"multipart/form-data; boundary=x"
+            scope = {
+                "type": "http", "scheme": "http", "method": method, "path": "/hipa/edit",
+                "headers": [(b"host", b"localhost"), (b"content-type", form)],
+            }  # fmt: skip
+            return asyncio.create_task(guard(scope, receive, send))
+
+        tasks = [come() for _ in range(3)]
+        await asyncio.sleep(0.05)
+        assert (len(scopes), [answer["status"] for answer in answers]) == (2, [429])
+        assert (b"retry-after", b"5") in answers[0]["headers"]
+        tasks += [come(more=False), come("GET")]
+        await asyncio.sleep(0.05)
+        assert len(scopes) == 4, "what has come whole is no upload"
+
+        scopes[0]["queued"]()
+        tasks += [come(), come()]
+        await asyncio.sleep(0.05)
+        assert (len(scopes), len(answers)) == (5, 2), "the queue counts the first"
+
+        tasks[1].cancel()
+        await asyncio.sleep(0.05)
+        tasks.append(come())
+        await asyncio.sleep(0.05)
+        assert (len(scopes), len(answers)) == (6, 2), "one that has gone frees its place"
+        for task in tasks:
+            task.cancel()
+
+    asyncio.run(run())
+
+
 def test_a_client_that_takes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard_module, "ANSWER_SECONDS", 0.05)
     sent = []

@@ -77,6 +77,40 @@ def test_without_a_key_the_page_says_so(browser: Any, server: Server) -> None:
         page.keyboard.press("Escape")
         assert "Incorrect API key" in error_of(page)
         assert page.inner_text("#service") == "Not connected"
+        # The page has stopped asking, and says nothing else when an image is asked for.
+        page.fill("#prompt", PROMPT)
+        page.keyboard.press("Enter")
+        assert "Incorrect API key" in error_of(page)
+        page.click("#retry")  # loads the page anew
+        page.wait_for_selector("#key-dialog[open]")
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_refusal_to_say_what_is_offered_stays_on_the_page(
+    page: Any, tmp_path: Path, status: int
+) -> None:
+    a_png = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(a_png)
+    asked: list[Any] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route)
+        route.fulfill(status=status, body="<h1>No</h1>")
+
+    page.route("**/page/about", answer)
+    page.reload()
+    words = f"The service answered with status {status}."
+    assert error_of(page) == words
+    page.fill("#prompt", PROMPT)
+    page.keyboard.press("Enter")
+    assert error_of(page) == words
+    page.set_input_files("#file", str(a_png))
+    assert error_of(page) == words
+    page.wait_for_timeout(1500)
+    assert len(asked) == 1
+    page.unroute("**/page/about")
+    page.click("#retry")
+    page.wait_for_selector("#service[data-state=ready]")
 
 
 def test_what_the_service_refuses_is_said_in_its_words(page: Any) -> None:
@@ -162,32 +196,35 @@ def test_a_service_that_ends_while_it_loads(page: Any, server: Server) -> None:
 
 def test_a_service_that_comes_late_is_met_without_a_reload(page: Any, tmp_path: Path) -> None:
     is_there = False
-    has_proxy = False
+    proxy = 0  # its status; none: nothing answers
     a_png = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(a_png)
 
     def answer(route: Any) -> None:
         if is_there:
             route.continue_()
-        elif has_proxy:
-            proxied.append(route)
-            route.fulfill(status=502, body="<html>Bad gateway</html>")
+        elif proxy:
+            proxied.append(proxy)
+            route.fulfill(status=proxy, body="<html>Bad gateway</html>")
         else:
             route.abort()
 
-    proxied: list[Any] = []
+    proxied: list[int] = []
     page.route("**/page/about", answer)
     page.reload()
     page.wait_for_selector("#service[data-state=down]")
     assert "does not answer" in error_of(page)
-    has_proxy = True
-    while not proxied:
-        page.wait_for_timeout(20)
+    for proxy in (502, 429):
+        while proxy not in proxied:
+            page.wait_for_timeout(20)
     page.fill("#prompt", PROMPT)
     page.keyboard.press("Enter")
     assert "does not answer yet" in error_of(page)
     page.set_input_files("#file", str(a_png))
     assert "does not answer yet" in error_of(page)
+    page.click("#retry")  # loads the page anew, where the browser has kept what was typed or not
+    page.wait_for_selector("#service[data-state=down]")
+    page.fill("#prompt", PROMPT)
     is_there = True
     page.wait_for_selector("#service[data-state=ready]")
     page.wait_for_selector("#error", state="hidden")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
 import shutil
+import socket
 import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -14,7 +18,7 @@ import pytest
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.serve.served import Models
 from hipa_deploy.serve.service import ImageService
-from hipa_deploy.serve.settings import Limits
+from hipa_deploy.serve.settings import LEAST_UPLOADS, Limits
 from hipa_deploy.serve.web.web_app import web_app
 from tests.served import add_swaps, running, tiny_bundles
 
@@ -98,6 +102,35 @@ def test_a_backend_without_swaps_does_not_offer_adaptors(tmp_path: Path) -> None
         assert "openvino takes none" in refused.json()["error"]["message"]
         assert str(tmp_path) not in refused.text
         order = {"prompt": "a red pear", "model": name}
+        assert client.post("/hipa/generate", json=order).status_code == 200
+
+
+def test_uploads_that_never_end_keep_no_words_out(tmp_path: Path) -> None:
+    """Of 17 forms that have begun, one is refused; what has come of the others is all there is."""
+    bundle = tiny_bundles(tmp_path)["tiny"]
+    head = (
+        "POST /hipa/edit HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    )
+    options = ("--backend", "onnxruntime", "--queue", "1", "--images", "1")
+    with (
+        running(str(bundle.root), *options) as it,
+        httpx.Client(base_url=it.url, timeout=60) as client,
+        ExitStack() as stack,
+    ):
+        address = (httpx.URL(it.url).host, httpx.URL(it.url).port)
+        connections = []
+        for _ in range(LEAST_UPLOADS + 1):
+            connection = stack.enter_context(socket.create_connection(address, timeout=60))
+            connection.sendall(head.encode())
+            connections.append(connection)
+        refused, _, _ = select.select(connections, [], [], 60)
+        answer = refused[0].recv(10_000).decode()
+        assert answer.startswith("HTTP/1.1 429 ")
+        assert "retry-after: 5" in answer
+        time.sleep(0.5)
+        assert set(select.select(connections, [], [], 0)[0]) <= set(refused)
+        order = {"prompt": "a red pear", "model": bundle.root.name}
         assert client.post("/hipa/generate", json=order).status_code == 200
 
 
