@@ -68,4 +68,5 @@ def test_the_report_has_every_row_and_the_sheet(
     assert counts == {run.REAL: 1, **dict.fromkeys(list(run.SHEET)[1:], 2)}
     assert len({tuple(seeds) for seeds in seen}) == 2
     assert (tmp_path / "report" / "control.png").is_file()
-    assert "one step, scale 1 | 1.000 ± 0.000" in (tmp_path / "report" / "control.md").read_text()
+    text = (tmp_path / "report" / "control.md").read_text(encoding="utf-8")
+    assert "one step, scale 1 | 1.000 ± 0.000" in text
