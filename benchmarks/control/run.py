@@ -9,7 +9,8 @@ Commands, from the repository's root::
     PYTHONPATH=examples/emoji python -m benchmarks.control.run --data runs/emoji128 \\
         --controlnet runs/controlnet/controlnet --out report
 
-Expected time: ten minutes of one core; nearly all of it is the teacher's.
+Expected time: eight minutes on one thread of a CPU that has other work as well. One minute is the
+exports', and most of the others the teacher's.
 
 The control images are the edges of pictures that no training saw (examples/emoji/edges.py), the
 prompts their captions. All rows see the same control images, prompts and noise. Each image is

@@ -11,7 +11,7 @@ import torch
 import train_controlnet
 from diffusers import ControlNetModel
 from edges import control_image, find_edges
-from train_controlnet import Contexts, ControlRounds, rounds_at
+from train_controlnet import Contexts, ControlRounds, new_controlnet, rounds_at
 
 from hipa_deploy.embedded import MODEL
 from hipa_deploy.models.weights.controlnet import check_controlnet
@@ -97,6 +97,24 @@ def test_a_caption_is_encoded_once(base: DiffusionModel) -> None:
     assert torch.equal(first[0], first[2])
     assert torch.allclose(first[:2], base.context(["3d emoji", ""]), atol=2e-3)
     assert torch.equal(contexts.of([""])[0], first[1])
+
+
+def test_the_lines_reach_the_last_layer_of_the_reader(base: DiffusionModel) -> None:
+    torch.manual_seed(0)
+    reader = new_controlnet(base.unet).controlnet_cond_embedding
+    lines = (torch.rand(1, 3, 128, 128) < 0.05).float()
+
+    def before_the_last(control: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.silu(reader.conv_in(control))
+        for block in reader.blocks:
+            hidden = torch.nn.functional.silu(block(hidden))
+        return hidden
+
+    with torch.no_grad():
+        difference = before_the_last(lines) - before_the_last(torch.zeros_like(lines))
+        # With PyTorch's weights it is 3e-5.
+        assert difference.std() > 3e-3
+        assert reader.conv_out.weight.abs().max() == 0
 
 
 def test_a_short_training_is_resumed_and_writes_a_controlnet_that_fits(
