@@ -25,6 +25,7 @@ from hipa_deploy.images.read import (
     check_size,
     fit_image,
     fit_mask,
+    read_control,
     read_image,
     read_mask,
 )
@@ -224,7 +225,8 @@ def control_source(
 ) -> Source:
     """Prepare a control image: cropped and scaled to the bundle's size.
 
-    It is taken as it is: edges are drawn, depth is estimated and poses are found by other programs.
+    Its numbers are taken as they are, whatever the file says about colours: edges are drawn, depth
+    is estimated and poses are found by other programs. Transparent pixels count as black.
 
     Args:
         bundle: a bundle that was exported with a ControlNet.
@@ -241,7 +243,8 @@ def control_source(
     require_task(bundle, "control")
     if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= scale <= MAX_SCALE:
         raise HipaError(f"scale {brief(scale)} is out of range. Expected 0 to {MAX_SCALE:g}.")
-    original_HWC = _read_large_enough(bundle, image)
+    original_HWC = read_control(image)
+    check_size(original_HWC, _pixels_per_latent(bundle))
     return Source(
         task="control",
         image_HWC=_fitted(bundle, original_HWC, height, width),
