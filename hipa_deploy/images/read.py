@@ -85,7 +85,7 @@ def read_image(source: ImageSource) -> np.ndarray:
         image = _eight_bits(strip, "image", levels_16)
         if space is not None and not _is_deep_grey(strip):
             image = to_srgb(image, space, name)
-        pixels_HWC[rows] = np.asarray(_over(image, "white"))
+        pixels_HWC[rows] = np.asarray(_over(_plain_alpha(image), "white"))
     return pixels_HWC
 
 
@@ -116,7 +116,7 @@ def read_control(source: ImageSource) -> np.ndarray:
     pixels_HWC = np.empty((upright.height, upright.width, 3), np.uint8)
     least_alpha = 255
     for rows, strip in _strips(upright):
-        image = _eight_bits(strip, "image")
+        image = _plain_alpha(_eight_bits(strip, "image"))
         least_alpha = min(least_alpha, _least_alpha(image))
         pixels_HWC[rows] = np.asarray(_over(image, "black"))
     if least_alpha < 255:
@@ -131,23 +131,23 @@ def read_control(source: ImageSource) -> np.ndarray:
     return pixels_HWC
 
 
-def _least_alpha(image: Image.Image) -> int:
-    """The least opaque pixel of an 8-bit image; 255 without transparency."""
-    if image.mode in ("La", "RGBa"):
-        image = image.convert(image.mode.upper())
-    if not image.has_transparency_data:
-        return 255
-    return int(np.asarray(image.convert("RGBA").getchannel("A")).min())
-
-
-def _over(image: Image.Image, ground: str) -> Image.Image:
-    """An 8-bit image of any mode as RGB, its transparent pixels over a colour."""
+def _plain_alpha(image: Image.Image) -> Image.Image:
+    """An 8-bit image with transparency of any kind as RGBA; another one as it is."""
     if image.mode in ("La", "RGBa"):  # premultiplied alpha: "RGBA" is the plain one
         image = image.convert(image.mode.upper())
     # A key colour (GIF, PNG) and a palette with alpha are transparency too; convert("RGBA") turns
     # them into alpha.
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
+    return image.convert("RGBA") if image.has_transparency_data else image
+
+
+def _least_alpha(image: Image.Image) -> int:
+    """The least opaque pixel of what ``_plain_alpha`` gives; 255 without transparency."""
+    return int(np.asarray(image.getchannel("A")).min()) if image.mode == "RGBA" else 255
+
+
+def _over(image: Image.Image, ground: str) -> Image.Image:
+    """What ``_plain_alpha`` gives as RGB, its transparent pixels over a colour."""
+    if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
 
@@ -183,9 +183,8 @@ def read_mask(source: ImageSource) -> np.ndarray:
     least_alpha = 255
     for rows, strip in _strips(upright):
         image = _eight_bits(strip, "mask")
+        image = _plain_alpha(image)
         least_alpha = min(least_alpha, _least_alpha(image))
-        if image.mode in ("La", "RGBa"):
-            image = image.convert(image.mode.upper())
         # Through RGB, because Pillow converts not every mode to "L" directly.
         mask_HW[rows] = np.asarray(image.convert("RGB").convert("L")) >= 128
     if least_alpha < 128:
