@@ -23,6 +23,7 @@ from hipa_deploy.export.model_parts import ModelParts, free_memory
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.kind import SECOND
+from hipa_deploy.models.locate import model_name
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.models.text_context import text_context
@@ -176,7 +177,7 @@ class ChosenParts:
         """What the manifest says of the ControlNet; None for other tasks."""
         if self.controlnet is None:
             return None
-        name = self.controlnet.resolve().name
+        name = model_name(str(self.controlnet), self.controlnet)
         return ControlInfo(name=name, sha256=weights_identity(self.controlnet))
 
     def encoder(self) -> AutoencoderKL | AutoencoderTiny:
@@ -196,7 +197,7 @@ class ChosenParts:
     def encoder_info(self) -> EncoderInfo:
         """What the manifest says of the encoder."""
         if self.tiny_encoder is not None:
-            name = self.tiny_encoder.resolve().name
+            name = model_name(str(self.tiny_encoder), self.tiny_encoder)
             return EncoderInfo(kind="tiny", name=name, sha256=weights_identity(self.tiny_encoder))
         adaptor_sha256 = None
         if self.adaptor is not None and (self.adaptor / ENCODER_WEIGHTS).exists():
@@ -207,7 +208,7 @@ class ChosenParts:
     def decoder_info(self) -> DecoderInfo:
         """What the manifest says of the decoder."""
         if self.tiny_decoder is not None:
-            name = self.tiny_decoder.resolve().name
+            name = model_name(str(self.tiny_decoder), self.tiny_decoder)
             return DecoderInfo(kind="tiny", name=name, sha256=weights_identity(self.tiny_decoder))
         return DecoderInfo(kind="full", name="vae", sha256=vae_sha256(self.model.folder))
 

@@ -339,7 +339,7 @@ class DecoderInfo(Record):
 
     Attributes:
         kind: the model's own VAE ('full'), or an AutoencoderTiny ('tiny').
-        name: of its folder.
+        name: of its folder, or owner/name of its repository in the hub's cache.
         sha256: of its weights.
 
     """
@@ -364,7 +364,7 @@ class ControlInfo(Record):
     """The ControlNet whose blocks are added to the UNet's, of the task control.
 
     Attributes:
-        name: of its folder.
+        name: of its folder, or owner/name of its repository in the hub's cache.
         sha256: of its weights.
 
     """

@@ -12,13 +12,13 @@ from hipa_deploy.embedded import DECODER, MODEL, NAME
 from hipa_deploy.errors import HipaError, HipaWarning, first_line
 from hipa_deploy.models.kind import PARTS, SECOND, check_pipeline, has_second_encoder
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.hub_cache import HUB_PREFIX, repository_name
 from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.models.weights.weight_file import LORA_FILES, SAFETENSORS
 from hipa_deploy.models.weights.weight_files import DIFFUSERS, PRECISIONS, find_weights
 
 TINY = "tiny"
 INDEX = "model_index.json"
-HUB_PREFIX = "models--"  # of a repository's folder in the hub's cache
 # The source of both: https://github.com/madebyollin/taesd. The second is for SDXL's latents.
 TAESD = "madebyollin/taesd"
 TAESDXL = "madebyollin/taesdxl"
@@ -111,10 +111,9 @@ def model_name(name: str, folder: Path) -> str:
         'owner/name'
 
     """
-    # In the hub's cache a snapshot's own name is the hash of a commit.
-    for parent in (folder, *folder.absolute().parents):
-        if parent.name.startswith(HUB_PREFIX):
-            return parent.name.removeprefix(HUB_PREFIX).replace("--", "/", 1)
+    repository = repository_name(folder)
+    if repository is not None:
+        return repository
     return folder.resolve().name if Path(name).exists() else name
 
 
