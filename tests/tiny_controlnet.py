@@ -10,8 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from tests.original_layout import Weights, unet_names
 
+# A ControlNet without attention, as SDXL's small ones are.
+SMALL = {
+    "down_block_types": ("DownBlock2D",) * 3,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": (0, 0, 0),
+}
 
-def make_controlnet(model: Path, folder: Path, seed: int = 0, levels: int = 3) -> Path:
+
+def make_controlnet(
+    model: Path, folder: Path, seed: int = 0, levels: int = 3, *, small: bool = False
+) -> Path:
     """Write a ControlNetModel folder for a model.
 
     Args:
@@ -19,6 +28,7 @@ def make_controlnet(model: Path, folder: Path, seed: int = 0, levels: int = 3) -
         folder: where to write.
         seed: of the random weights.
         levels: of the network that reads the control image, one more than it halves it.
+        small: without attention, as SDXL's small ones are; the model has three levels.
 
     Returns:
         ``folder``.
@@ -30,6 +40,8 @@ def make_controlnet(model: Path, folder: Path, seed: int = 0, levels: int = 3) -
     network = ControlNetModel.from_unet(
         unet, conditioning_embedding_out_channels=widths, load_weights_from_unet=False
     )
+    if small:
+        network = ControlNetModel.from_config({**network.config, **SMALL})
     # A new ControlNet adds nothing: its last convolutions are zero.
     for name, weight in network.named_parameters():
         if name.startswith(("controlnet_down_blocks", "controlnet_mid_block")):

@@ -122,11 +122,16 @@ def test_one_step_is_that_of_diffusers(
 
 
 @pytest.mark.parametrize(
-    "dynamic", ["", pytest.param("height=64:64:128", marks=pytest.mark.thorough)]
+    ("dynamic", "small"),
+    [
+        ("", False),
+        pytest.param("", True, marks=pytest.mark.thorough),
+        pytest.param("height=64:64:128", False, marks=pytest.mark.thorough),
+    ],
 )
-def test_one_step_of_sdxl_is_that_of_diffusers(tmp_path: Path, dynamic: str) -> None:
+def test_one_step_of_sdxl_is_that_of_diffusers(tmp_path: Path, dynamic: str, small: bool) -> None:
     model = make_sdxl(tmp_path / "sdxl")
-    controlnet = make_controlnet(model, tmp_path / "edges")
+    controlnet = make_controlnet(model, tmp_path / "edges", small=small)
     options = ExportOptions(
         model=str(model),
         controlnet=controlnet,

@@ -14,9 +14,11 @@ from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import resolve_controlnet
 from hipa_deploy.models.weights.controlnet import DEFAULTS, check_controlnet
+from hipa_deploy.models.weights.load_part import check_part
 from hipa_deploy.models.weights.part_config import defaults_of
-from tests.tiny_controlnet import write_original
+from tests.tiny_controlnet import make_controlnet, write_original
 from tests.tiny_model import make_model
+from tests.tiny_sdxl import make_sdxl
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -115,3 +117,15 @@ def test_a_folder_without_weights(published: Path, tmp_path: Path) -> None:
     unet = json.loads((published / "config.json").read_text())
     with pytest.raises(HipaError, match="weights"):
         check_controlnet(tmp_path, unet, 8)
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_those_of_sdxl(tmp_path: Path, small: bool) -> None:
+    """The small ones have no attention."""
+    model = make_sdxl(tmp_path / "sdxl")
+    folder = make_controlnet(model, tmp_path / "edges", small=small)
+    unet = json.loads((model / "unet" / "config.json").read_text())
+    check_controlnet(folder, unet, 4)
+    check_part(ControlNetModel, folder)
+    names = load_file(folder / WEIGHTS).keys()
+    assert any("attentions" in name for name in names) != small
