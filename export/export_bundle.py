@@ -59,6 +59,7 @@ from hipa_deploy.extras import require
 from hipa_deploy.generate.prompts import BAKED_CONDITIONING, BAKED_POOLED, TOKENIZER_2
 from hipa_deploy.generate.stages import join_context
 from hipa_deploy.marks.safety import SAFETY_STAGE
+from hipa_deploy.models.weights.controlnet import check_whole
 from hipa_deploy.models.weights.part_config import build, read_config
 from hipa_deploy.tasks import takes_source
 
@@ -111,6 +112,8 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
     text = request.text
     step = request.step
     model.check_parts()
+    if options.controlnet is not None:
+        check_whole(options.controlnet)
     parts = ChosenParts.choose(model, options, settings.task, request.chunk_tokens, text.clip_skip)
     for warning in request.warnings:
         print_warning(console, warning)

@@ -48,7 +48,7 @@ from hipa_deploy.models.lora.early_lora import (
 from hipa_deploy.models.one_step.one_step_method import OWN, load_method
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.text_pair import forces_zeros
-from hipa_deploy.models.weights.controlnet import check_controlnet
+from hipa_deploy.models.weights.controlnet import check_controlnet, control_warning
 from hipa_deploy.models.weights.early_check import known_shapes
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.models.weights.part_config import read_config
@@ -189,6 +189,7 @@ def resolve_request(options: ExportOptions) -> Request:
         step_warning(options, settings, model),
         size_warning(options, step),
         method_size_warning(options, settings, step),
+        control_warning(options.controlnet) if options.controlnet is not None else None,
     )
     return Request(
         options=options,

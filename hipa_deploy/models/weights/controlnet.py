@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,28 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 KIND = "ControlNetModel"
-# How names begin in the files of the original training.
+# How names begin in the files of the original training; some tools write others.
 PREFIX = "control_model."
+PREFIXES = (PREFIX, "controlnet.", "module.")
+# What only other networks for control have in their files, and what these are.
+OTHERS = {
+    "difference": "the difference of a ControlNet to another model",
+    "lora_controlnet": "a Control-LoRA",
+    "task_embedding": "a ControlNet of several tasks in one (union)",
+    "adapter.body.0.in_conv.weight": "a T2I-Adapter",
+    "body.0.in_conv.weight": "a T2I-Adapter",
+}
+# Of SDXL's, which diffusers' conversion leaves out.
+ADDED = {
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+}
+# The ControlNets of a reference picture average what they give over all places. Their files do not
+# say so, and their names do (control_v11e_sd15_shuffle.pth).
+POOLED = "shuffle"
+# Masked pixels of its control images are -1, which no image of 8 bits can hold.
+UNHEARD = "inpaint"
+ORDERS = ("rgb", "bgr")
 # Only ControlNets have it: the last convolution of what reads the control image.
 ORIGINAL = "input_hint_block.14.weight"
 CURRENT = "controlnet_cond_embedding.conv_out.weight"  # the same by diffusers' names
@@ -48,7 +68,13 @@ DEFAULTS: dict[str, Any] = {
     "class_embed_type": None,
     "conditioning_embedding_out_channels": (16, 32, 96, 256),
     "controlnet_conditioning_channel_order": "rgb",
+    "num_class_embeds": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "resnet_time_scale_shift": "default",
 }
+# Nothing here gives what these would take.
+UNSUPPORTED = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type")
 # What both must have in common, so that the blocks' outputs can be added. UNet2DConditionModel has
 # the same defaults.
 SAME = ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim")
@@ -120,10 +146,16 @@ def check_controlnet(controlnet: Path, unet: Mapping[str, Any], vae_factor: int)
             f"--controlnet {controlnet} has addition_embed_type={brief(added)}, and the model's "
             f"UNet {brief(unet.get('addition_embed_type'))}. Give a ControlNet of its family."
         )
-    if values["class_embed_type"] is not None:
+    for key in UNSUPPORTED:
+        if values[key] is not None:
+            raise _unsupported(controlnet, key, values[key])
+    if values["resnet_time_scale_shift"] != "default":
+        raise _unsupported(controlnet, "resnet_time_scale_shift", values["resnet_time_scale_shift"])
+    order = values["controlnet_conditioning_channel_order"]
+    if order not in ORDERS:
         raise HipaError(
-            f"--controlnet {controlnet} has class_embed_type={brief(values['class_embed_type'])}, "
-            "which is not supported."
+            f"--controlnet {controlnet} has controlnet_conditioning_channel_order={brief(order)}. "
+            f"Expected one of: {', '.join(ORDERS)}."
         )
     channels = values["conditioning_channels"]
     if channels != 3:
@@ -152,6 +184,41 @@ def load_controlnet(controlnet: Path) -> ControlNetModel:
 
     network: ControlNetModel = load_part(ControlNetModel, controlnet)
     return network
+
+
+def check_whole(controlnet: Path) -> None:
+    """Check by the headers of its files that a ControlNet has its weights, before any is loaded.
+
+    Raises:
+        HipaError: weights are missing, or are another network's.
+
+    """
+    from diffusers.models.controlnets.controlnet import ControlNetModel
+
+    try:
+        check_part(ControlNetModel, controlnet)
+    except HipaError as error:
+        raise HipaError(f"--controlnet: {reason_of(error)}.") from None
+
+
+def control_warning(controlnet: Path) -> str | None:
+    """Warn of a ControlNet whose control images cannot be given here; None of others.
+
+    Its name alone says what it is for.
+    """
+    # A snapshot of the hub's cache has the repository's name two folders above.
+    above = [parent.name for parent in controlnet.absolute().parents[:2]]
+    names = [controlnet.name, *(name for name in above if name.startswith("models--"))]
+    if not any(UNHEARD in name.lower() for name in names):
+        return None
+    return (
+        f"{controlnet} is by its name a ControlNet for inpainting. Masked pixels of its control "
+        "images are -1, and an image of 8 bits has no such number: it will see them as black."
+    )
+
+
+def _unsupported(controlnet: Path, key: str, value: Any) -> HipaError:
+    return HipaError(f"--controlnet {controlnet} has {key}={brief(value)}, which is not supported.")
 
 
 def _plain(value: Any) -> Any:
@@ -185,12 +252,30 @@ def _check_file(file: Path) -> None:
 
     """
     names = list(load_tensors(file)) if is_pickled(file) else list(read_layout(file))
-    inner = {name.removeprefix(PREFIX) for name in names}
+    inner = set(_inner_names(names).values())
+    for name, kind in OTHERS.items():
+        if name in names or name in inner:
+            raise HipaError(
+                f"--controlnet {file} is {kind}, which is another network. Expected a ControlNet."
+            )
     if ORIGINAL not in inner and CURRENT not in inner:
         raise HipaError(
             f"--controlnet {file} holds no ControlNet: no weight {PREFIX}{ORIGINAL} in it, and no "
             f"{CURRENT}. LoRAs for control, T2I-Adapters and ControlNet-XS are other networks."
         )
+
+
+def _inner_names(names: Iterable[str]) -> dict[str, str]:
+    """The ControlNet's tensors in a file: the name there, and its name within the ControlNet.
+
+    A whole checkpoint has the base model beside it, by names without the prefix.
+    """
+    names = list(names)
+    for prefix in PREFIXES:
+        if any(name.startswith(prefix) for name in names):
+            inner = [name for name in names if name.startswith(prefix)]
+            return {name: name.removeprefix(prefix) for name in inner}
+    return {name: name for name in names}
 
 
 def _converted(file: Path, model: Path) -> Path:
@@ -214,17 +299,51 @@ def _converted(file: Path, model: Path) -> Path:
 
 def _convert(file: Path, unet: Mapping[str, Any], model: Path, out: Path) -> None:
     """Write the ControlNet of a file as the diffusers folder ``out``."""
-    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
-    from diffusers.models.controlnets.controlnet import ControlNetModel
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    stored: dict[str, Tensor] = {}
-    for name, weight in load_tensors(file).items():
-        stored[name.removeprefix(PREFIX)] = weight
     config = _config_for(unet, model)
+    config["global_pool_conditions"] = POOLED in file.stem.lower()
+    tensors = _current_tensors(file, config)
+    with new_folder(out) as scratch:
+        text = json.dumps({"_class_name": KIND, **config}, indent=2, default=str)
+        (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
+        try:
+            save_file(tensors, scratch / f"{DIFFUSERS}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise HipaError(
+                f"--controlnet {file} cannot be stored in {out.parent}: {first_line(error)}"
+            ) from None
+        try:
+            check_whole(scratch)
+        except HipaError as error:
+            # Its words name the folder that is made here.
+            words = reason_of(error).removeprefix(f"--controlnet: {scratch}: ")
+            raise HipaError(
+                f"--controlnet {file} does not fit the model: {words.partition('. ')[0]}. {FAMILY}"
+            ) from None
+
+
+def _current_tensors(file: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The ControlNet's tensors of a file, by diffusers' names.
+
+    Raises:
+        HipaError: one is missing or unknown.
+
+    """
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    every = load_tensors(file)
+    stored: dict[str, Tensor] = {}
+    for name, inner in _inner_names(every).items():
+        stored[inner] = every[name]
     with as_line(f"--controlnet {file} cannot be converted", FAMILY):
-        converted = convert_controlnet_checkpoint(stored, config)
+        converted = dict(convert_controlnet_checkpoint(stored, config))
+    for name, weight in stored.items():
+        layer, _, kind = name.rpartition(".")
+        if layer in ADDED:
+            converted[f"{ADDED[layer]}.{kind}"] = weight
+
     # A copy of each: tensors that share memory cannot be stored.
     tensors: dict[str, Tensor] = {}
     for name, weight in converted.items():
@@ -236,23 +355,7 @@ def _convert(file: Path, unet: Mapping[str, Any], model: Path, out: Path) -> Non
             f"--controlnet {file} has {len(stored)} weights, of which {len(tensors)} are known. "
             f"{FAMILY}"
         )
-    with new_folder(out) as scratch:
-        text = json.dumps({"_class_name": KIND, **config}, indent=2, default=str)
-        (scratch / CONFIG).write_text(text + "\n", encoding="utf-8")
-        try:
-            save_file(tensors, scratch / f"{DIFFUSERS}.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise HipaError(
-                f"--controlnet {file} cannot be stored in {out.parent}: {first_line(error)}"
-            ) from None
-        try:
-            check_part(ControlNetModel, scratch)
-        except HipaError as error:
-            # Its words name the folder that is made here.
-            words = reason_of(error).replace(str(scratch), "it")
-            raise HipaError(
-                f"--controlnet {file} does not fit the model: {words}. {FAMILY}"
-            ) from None
+    return tensors
 
 
 def _config_for(unet: Mapping[str, Any], model: Path) -> dict[str, Any]:

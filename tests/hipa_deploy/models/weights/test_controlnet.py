@@ -13,9 +13,15 @@ from safetensors.torch import load_file, save_file
 from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import resolve_controlnet
-from hipa_deploy.models.weights.controlnet import DEFAULTS, check_controlnet
+from hipa_deploy.models.weights.controlnet import (
+    DEFAULTS,
+    check_controlnet,
+    check_whole,
+    control_warning,
+)
 from hipa_deploy.models.weights.load_part import check_part
 from hipa_deploy.models.weights.part_config import defaults_of
+from tests.original_layout import write_checkpoint
 from tests.tiny_controlnet import make_controlnet, write_original
 from tests.tiny_model import make_model
 from tests.tiny_sdxl import make_sdxl
@@ -79,7 +85,8 @@ def test_a_file_with_a_weight_too_many(model: Path, published: Path, tmp_path: P
 
 def test_a_file_for_another_model(published: Path, tmp_path: Path) -> None:
     file = write_original(published, tmp_path / "edges.safetensors")
-    with pytest.raises(HipaError, match=r"edges\.safetensors does not fit the model: it"):
+    expected = r"edges\.safetensors does not fit the model: weight .* missing"
+    with pytest.raises(HipaError, match=expected):
         resolve_controlnet(str(file), str(MODEL))
 
 
@@ -93,6 +100,10 @@ def test_a_file_for_another_model(published: Path, tmp_path: Path) -> None:
         ({"conditioning_channels": 1}, "1 channels"),
         ({"conditioning_embedding_out_channels": [16, 32]}, "2 times"),
         ({"layers_per_block": 0}, "layers_per_block"),
+        ({"controlnet_conditioning_channel_order": "brg"}, "Expected one of: rgb, bgr"),
+        ({"num_class_embeds": 10}, "num_class_embeds"),
+        ({"encoder_hid_dim": 8}, "encoder_hid_dim"),
+        ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift"),
     ],
 )
 def test_a_configuration_that_does_not_fit(
@@ -129,3 +140,83 @@ def test_those_of_sdxl(tmp_path: Path, small: bool) -> None:
     check_part(ControlNetModel, folder)
     names = load_file(folder / WEIGHTS).keys()
     assert any("attentions" in name for name in names) != small
+
+
+def test_a_whole_checkpoint_has_the_base_model_beside_it(
+    model: Path, published: Path, tmp_path: Path
+) -> None:
+    """As control_sd15_canny.pth has it, the first that was published."""
+    alone = load_file(write_original(published, tmp_path / "alone.safetensors"))
+    beside = load_file(write_checkpoint(model, tmp_path / "base.safetensors"))
+    file = tmp_path / "whole.ckpt"
+    torch.save({"state_dict": {**beside, **alone}}, file)
+    folder = resolve_controlnet(str(file), str(model))
+    got = load_file(folder / WEIGHTS)
+    expected = load_file(published / WEIGHTS)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("prefix", ["controlnet.", "module."])
+def test_prefixes_of_other_tools(model: Path, published: Path, tmp_path: Path, prefix: str) -> None:
+    file = write_original(published, tmp_path / "edges.safetensors", prefix)
+    folder = resolve_controlnet(str(file), str(model))
+    assert load_file(folder / WEIGHTS).keys() == load_file(published / WEIGHTS).keys()
+
+
+@pytest.mark.parametrize(("stem", "pooled"), [("my_shuffle", True), ("canny", False)])
+def test_what_a_file_averages_is_in_its_name(
+    model: Path, published: Path, tmp_path: Path, stem: str, pooled: bool
+) -> None:
+    file = write_original(published, tmp_path / f"{stem}.safetensors")
+    folder = resolve_controlnet(str(file), str(model))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["global_pool_conditions"] is pooled
+
+
+def test_a_file_of_sdxl_in_the_original_layout(tmp_path: Path) -> None:
+    model = make_sdxl(tmp_path / "sdxl")
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    ControlNetModel.from_unet(unet).save_pretrained(tmp_path / "edges")
+    file = write_original(tmp_path / "edges", tmp_path / "edges.safetensors")
+    folder = resolve_controlnet(str(file), str(model))
+    got = load_file(folder / WEIGHTS)
+    expected = load_file(tmp_path / "edges" / WEIGHTS)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lora_controlnet", "a Control-LoRA"),
+        ("difference", "the difference of a ControlNet"),
+        ("task_embedding", "union"),
+        ("adapter.body.0.in_conv.weight", "a T2I-Adapter"),
+    ],
+)
+def test_other_networks_for_control(model: Path, tmp_path: Path, name: str, said: str) -> None:
+    file = tmp_path / "other.safetensors"
+    save_file({name: torch.zeros(3), "input_hint_block.14.weight": torch.zeros(3)}, file)
+    with pytest.raises(HipaError, match=said):
+        resolve_controlnet(str(file), str(model))
+
+
+def test_a_controlnet_for_inpainting_is_told_by_its_name(tmp_path: Path) -> None:
+    hub = tmp_path / "models--lllyasviel--control_v11p_sd15_inpaint" / "snapshots" / "0123"
+    for folder in (hub, tmp_path / "control_v11p_sd15_inpaint"):
+        warning = control_warning(folder)
+        assert warning is not None
+        assert "Masked pixels" in warning
+    assert control_warning(tmp_path / "control_v11p_sd15_canny") is None
+
+
+def test_weights_that_are_not_all_there_are_named_before_loading(
+    published: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text((published / "config.json").read_text())
+    tensors = load_file(published / WEIGHTS)
+    del tensors["conv_in.bias"]
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(HipaError, match=r"--controlnet: .* weight conv_in\.bias is missing"):
+        check_whole(tmp_path)
