@@ -126,10 +126,11 @@ def export(
         ),
     ] = None,
     controlnet: Annotated[
-        str | None,
+        list[str] | None,  # one: a second is refused, not taken in its place
         typer.Option(
+            metavar="CONTROLNET",
             help="Task control: the ControlNet that reads control images, for hipa-control. A "
-            "ControlNetModel folder, a file such as control_v11p_sd15_canny.pth, or a hub id."
+            "ControlNetModel folder, a file such as control_v11p_sd15_canny.pth, or a hub id.",
         ),
     ] = None,
     encoder: Annotated[
@@ -209,8 +210,9 @@ def export(
     from hipa_deploy.models.style import parse_style
 
     check_model_name(model)
-    if controlnet is not None:
-        check_controlnet_name(controlnet)
+    control = _only_controlnet(controlnet)
+    if control is not None:
+        check_controlnet_name(control)
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16
@@ -254,7 +256,7 @@ def export(
             one_step,
             style,
             decoder,
-            controlnet,
+            control,
             swap_for,
             out,
             sign,
@@ -316,7 +318,7 @@ def export(
         model=model,
         decoder=resolve_decoder(decoder, model),
         encoder=resolve_encoder(encoder, model),
-        controlnet=resolve_controlnet(controlnet, model) if controlnet else None,
+        controlnet=resolve_controlnet(control, model) if control else None,
     )
     check_request(options)
     if choice is not None:
@@ -357,6 +359,27 @@ def export(
             _say([f"warning: the bundle is written, and may not fit {choice.title}."])
         _say([f"next: hipa-build {shlex.quote(str(out))} --for {choice.target} --dry-run"])
     typer.echo(out)
+
+
+def _only_controlnet(given: list[str] | None) -> str | None:
+    """The value of ``--controlnet``; None where it is not given.
+
+    Of other options the last one counts. Several ControlNets at once are a known use, of which
+    one would be lost.
+
+    Raises:
+        HipaError: it is given more than once.
+
+    """
+    if not given:
+        return None
+    if len(given) > 1:
+        times = "twice" if len(given) == 2 else f"{len(given)} times"
+        raise HipaError(
+            f"--controlnet is given {times}: {', '.join(given)}. A bundle holds one ControlNet "
+            "only. Leave out the others, or export a bundle with each."
+        )
+    return given[0]
 
 
 def _choose_for(

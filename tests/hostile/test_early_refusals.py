@@ -125,6 +125,8 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", "other-decoder"), "decoder"),
     ((*EXPORT, "--adaptor", "emoji-upscale", "--encoder", "nope"), "nope"),
     # ControlNets.
+    ((*EXPORT, "--controlnet", "a/x", "--controlnet", "a/y"), "--controlnet is given twice: a/x,"),
+    ((*SWAP, "--adaptor", "emoji", *("--controlnet", "x") * 3), "--controlnet is given 3 times"),
     ((*EXPORT, "--controlnet", "nope"), "--controlnet nope does not exist"),
     ((*EXPORT, "--controlnet", "full"), "--controlnet full has no config.json"),
     ((*EXPORT, "--controlnet", "file.txt"), "file.txt"),
