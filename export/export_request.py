@@ -263,9 +263,12 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             "--encoder is for tasks with a source image, this is generate. Leave out --encoder."
         )
     for option, name in (("decoder", decoder), ("encoder", encoder)):
-        if name in ("full", TINY) or Path(name).is_dir():
+        # An empty path is the current folder.
+        if name in ("full", TINY) or (name and Path(name).is_dir()):
             continue
         expected = "Expected full, tiny, or an AutoencoderTiny folder."
+        if not name:
+            raise HipaError(f"--{option} is empty. {expected}")
         if not Path(name).exists():
             raise HipaError(f"--{option} {name} does not exist. {expected}")
         raise HipaError(

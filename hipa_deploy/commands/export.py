@@ -318,7 +318,7 @@ def export(
         model=model,
         decoder=resolve_decoder(decoder, model),
         encoder=resolve_encoder(encoder, model),
-        controlnet=resolve_controlnet(control, model) if control else None,
+        controlnet=resolve_controlnet(control, model) if control is not None else None,
     )
     check_request(options)
     if choice is not None:

@@ -14,7 +14,7 @@ from hipa_deploy.models.kind import PARTS, SECOND, check_pipeline, has_second_en
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.hub_cache import HUB_PREFIX, repository_name
 from hipa_deploy.models.weights.part_config import read_config
-from hipa_deploy.models.weights.weight_file import LORA_FILES, SAFETENSORS
+from hipa_deploy.models.weights.weight_file import LORA_FILES, PICKLED, SAFETENSORS
 from hipa_deploy.models.weights.weight_files import DIFFUSERS, PRECISIONS, find_weights
 
 TINY = "tiny"
@@ -47,6 +47,10 @@ def model_folder(
 
     """
     if vae is not None:
+        if not vae:
+            raise HipaError(
+                "--vae is empty. Expected a file of a VAE's weights, or an AutoencoderKL folder."
+            )
         from hipa_deploy.models.weights.other_vae import check_vae, with_vae
 
         # Before a checkpoint is converted, which takes minutes.
@@ -90,13 +94,24 @@ def check_model_name(name: str) -> None:
         HipaError: it is neither a path that exists nor a hub id.
 
     """
+    expected = (
+        "Expected a diffusers model folder, a checkpoint in one file, a hub id like owner/name, "
+        f"or {NAME}."
+    )
+    # An empty path is the current folder.
+    if not name:
+        raise HipaError(f"the name of the model is empty. {expected}")
     if Path(name).exists() or name == NAME:
         return
+    if not _may_be_on_hub(name):
+        raise HipaError(f"{name} does not exist. {expected}")
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether a name may be a hub id: it is no path, and not that of a file of weights."""
     if "/" not in name or name.startswith(("/", ".")):
-        raise HipaError(
-            f"{name} does not exist. Expected a diffusers model folder, a checkpoint in one file, "
-            f"a hub id like owner/name, or {NAME}."
-        )
+        return False
+    return Path(name).suffix.lower() not in (SAFETENSORS, *PICKLED)
 
 
 def model_name(name: str, folder: Path) -> str:
@@ -234,8 +249,13 @@ def check_controlnet_name(name: str) -> None:
     """
     from hipa_deploy.models.weights.controlnet import check_there
 
-    is_id = "/" in name and not name.startswith(("/", "."))
-    if Path(name).exists() or not is_id:
+    # An empty path is the current folder.
+    if not name:
+        raise HipaError(
+            "--controlnet is empty. Expected a ControlNetModel folder, a file of a ControlNet's "
+            "weights, or a hub id like owner/name."
+        )
+    if Path(name).exists() or not _may_be_on_hub(name):
         check_there(_in_hub_cache(Path(name)))
 
 

@@ -124,7 +124,12 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", "nope"), "nope does not exist"),
     ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", "other-decoder"), "decoder"),
     ((*EXPORT, "--adaptor", "emoji-upscale", "--encoder", "nope"), "nope"),
+    ((*EXPORT, "--decoder", ""), "--decoder is empty"),
+    ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", ""), "--encoder is empty"),
     # ControlNets.
+    ((*EXPORT, "--controlnet", ""), "--controlnet is empty"),
+    ((*EXPORT, "--controlnet", "nets/canny.pth"), "--controlnet nets/canny.pth does not exist"),
+    ((*EXPORT, "--controlnet", "nets/x.SAFETENSORS"), "nets/x.SAFETENSORS does not exist"),
     ((*EXPORT, "--controlnet", "a/x", "--controlnet", "a/y"), "--controlnet is given twice: a/x,"),
     ((*SWAP, "--adaptor", "emoji", *("--controlnet", "x") * 3), "--controlnet is given 3 times"),
     ((*EXPORT, "--controlnet", "nope"), "--controlnet nope does not exist"),
@@ -349,11 +354,14 @@ for command in MODEL_COMMANDS.values():
     model = command if "--model" not in command else command[:1] + command[3:]
     CASES += [
         ((*model, "--model", "nope"), "nope"),
+        ((*model, "--model", ""), "the name of the model is empty"),
+        ((*model, "--model", "nets/v1.ckpt"), "nets/v1.ckpt does not exist"),
         ((*model, "--model", "file.txt"), "file.txt"),
         ((*model, "--model", "full"), "full"),
         ((*model, "--model", "emoji-adaptor"), "holds a LoRA, not a model"),
         ((*command, "--config", "sd15"), "--config"),
         ((*command, "--vae", "nope"), "--vae nope does not exist"),
+        ((*command, "--vae", ""), "--vae is empty"),
         ((*command, "--vae", "file.txt"), "file.txt"),
         ((*command, "--vae", "full"), "no config.json"),
         ((*command, "--vae", f"cut/{WEIGHTS}"), "cut"),

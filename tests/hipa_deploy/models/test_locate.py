@@ -13,6 +13,8 @@ from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.locate import (
     TAESD,
     TAESDXL,
+    check_controlnet_name,
+    check_model_name,
     model_folder,
     model_name,
     resolve_decoder,
@@ -40,6 +42,15 @@ def test_emoji_is_the_embedded_model_unless_a_folder_is_here(
 def test_a_folder_that_does_not_exist(name: str) -> None:
     with pytest.raises(HipaError, match="does not exist"):
         model_folder(name)
+
+
+@pytest.mark.parametrize("ending", [".pth", ".ckpt", ".PT", ".bin", ".safetensors"])
+def test_a_file_of_weights_that_does_not_exist_is_no_hub_id(ending: str) -> None:
+    name = f"nets/v1.5{ending}"
+    for check in (check_model_name, check_controlnet_name):
+        with pytest.raises(HipaError, match=r"nets/v1\.5\.\w+ does not exist"):
+            check(name)
+        check("owner/v1.5")
 
 
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
