@@ -15,10 +15,17 @@ from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.hub_cache import HUB_PREFIX, repository_name
 from hipa_deploy.models.weights.part_config import read_config
 from hipa_deploy.models.weights.weight_file import LORA_FILES, PICKLED, SAFETENSORS
-from hipa_deploy.models.weights.weight_files import DIFFUSERS, PRECISIONS, find_weights
+from hipa_deploy.models.weights.weight_files import (
+    DIFFUSERS,
+    PRECISIONS,
+    file_to_load,
+    find_weights,
+    listed_names,
+)
 
 TINY = "tiny"
 INDEX = "model_index.json"
+CONFIG = "config.json"
 # The source of both: https://github.com/madebyollin/taesd. The second is for SDXL's latents.
 TAESD = "madebyollin/taesd"
 TAESDXL = "madebyollin/taesdxl"
@@ -349,16 +356,60 @@ def _lacks_weights(folder: Path) -> bool:
 
 
 def _download_controlnet(name: str) -> str:
-    """Download a ControlNet into the hub's cache, or find it there."""
-    from huggingface_hub import snapshot_download
+    """Download a ControlNet into the hub's cache, or find it there.
 
-    # Repositories of ControlNets have pictures, and the same weights in several formats.
-    folder: str = snapshot_download(
-        name, allow_patterns=["config.json", f"{DIFFUSERS}*.safetensors*"]
-    )
-    if not list(Path(folder).glob(f"{DIFFUSERS}*.safetensors")):
-        folder = snapshot_download(name, allow_patterns=["config.json", f"{DIFFUSERS}*.bin*"])
-    return folder
+    Repositories of ControlNets have pictures, and the same weights in several files: only those
+    that will be loaded are fetched.
+
+    Raises:
+        HipaError: the repository holds no ControlNet.
+        Exception: of the network or the hub.
+
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from hipa_deploy.models.weights.controlnet import check_there
+
+    # First one small file: another network may have tens of gigabytes.
+    try:
+        folder = Path(hf_hub_download(name, CONFIG)).parent
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        raise HipaError(
+            f"{name} on the hub has no {CONFIG}, so it is no ControlNetModel folder. If it has a "
+            f"ControlNet in one file, run: hf download {name} FILE --local-dir . and give that "
+            "file."
+        ) from None
+    try:
+        check_there(folder)
+    except HipaError as error:
+        # Its words name the folder in the cache.
+        raise HipaError(str(error).replace(str(folder), name)) from None
+
+    chosen = file_to_load(_names_on_hub(name, folder))
+    if chosen is None:
+        raise HipaError(
+            f"{name} on the hub has no weights of a ControlNet: no {DIFFUSERS} that ends in "
+            ".safetensors or .bin. Give a repository that has them, or a folder."
+        )
+    file, is_index = chosen
+    path = Path(hf_hub_download(name, file))
+    if is_index:
+        for shard in listed_names(path):
+            hf_hub_download(name, shard)
+    return str(folder)
+
+
+def _names_on_hub(name: str, snapshot: Path) -> list[str]:
+    """The names of a repository's files; without a network those that are in the hub's cache."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(name)
+    except Exception:  # network and hub errors share no base class
+        return [path.name for path in snapshot.iterdir()]
 
 
 def _fetch(name: str, download: Callable[[str], str]) -> Path:
