@@ -21,7 +21,7 @@ from hipa_deploy.export.generic.generic_modules import (
     GenericUNet,
 )
 from hipa_deploy.export.generic.generic_pair import TEXT_PARTS, encoder_keys, hidden_states
-from hipa_deploy.export.graph.conditioning import cut_conditioning
+from hipa_deploy.export.graph.conditioning import cut_conditioning, cut_control
 from hipa_deploy.export.graph.fold import fold_timestep
 from hipa_deploy.export.graph.modules import (
     Generator,
@@ -39,7 +39,7 @@ from hipa_deploy.export.model_parts import free_memory
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.export.writer import StageSource
 from hipa_deploy.marks.safety import SAFETY_STAGE
-from hipa_deploy.tasks import size_numbers
+from hipa_deploy.tasks import size_numbers, takes_source
 
 
 def bundle_sources(
@@ -49,7 +49,7 @@ def bundle_sources(
     sources = []
     if options.prompts is None:
         sources += text_sources(options, parts, settings, step)
-    if settings.task != "generate":
+    if takes_source(settings.task):
         sources.append(
             StageSource("vae_encoder", partial(encoder_module, parts), ("image",), "source")
         )
@@ -194,14 +194,25 @@ def encoder_module(parts: ChosenParts) -> OneStepEncoder | TinyEncoder:
 
 
 def unet_module(parts: ChosenParts, settings: TaskSettings, step: OneStep) -> OneStepUNet:
-    """The UNet with the adaptor merged and its timesteps folded."""
+    """The UNet with the adaptor merged and its timesteps folded; and a ControlNet beside it."""
     unet, _ = parts.unet()
+    control = parts.control_network()
     if parts.has_text_pair:
-        cut_conditioning(unet)
+        channels = cut_conditioning(unet)
+        if control is not None:
+            cut_control(control, channels)
     else:
-        fold_timestep(unet, *settings.timesteps(step))
+        timesteps = settings.timesteps(step)
+        fold_timestep(unet, *timesteps)
+        if control is not None:
+            fold_timestep(control, *timesteps)
     return OneStepUNet(
-        unet, step, settings.task, settings.strengths, conditioned=parts.has_text_pair
+        unet,
+        step,
+        settings.task,
+        settings.strengths,
+        conditioned=parts.has_text_pair,
+        controlnet=control,
     )
 
 

@@ -9,25 +9,30 @@ from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizerFast
 
-from hipa_deploy.bundle.manifest import AdaptorInfo, DecoderInfo, EncoderInfo
+from hipa_deploy.bundle.manifest import AdaptorInfo, ControlInfo, DecoderInfo, EncoderInfo
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.graph.conditioning import Conditioning
+from hipa_deploy.export.graph.conditioning import Conditioning, JointConditioning
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.model_parts import ModelParts, free_memory
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.kind import SECOND
+from hipa_deploy.models.locate import model_name
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.style import check_same_loras
 from hipa_deploy.models.text_context import text_context
 from hipa_deploy.models.text_pair import pair_context
+from hipa_deploy.models.weights.controlnet import load_controlnet
 from hipa_deploy.models.weights.weight_identity import has_identity, weights_identity
 from hipa_deploy.tasks import Task
+
+CONTROL = "controlnet"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class ChosenParts:
         chunk_tokens: tokens that the text encoder reads at once.
         clip_skip: last layers of the text encoder that are left out.
         style: LoRAs and embeddings, which change the model before the adaptor.
+        controlnet: a ControlNet's folder, of the task control; None for other tasks.
 
     """
 
@@ -56,6 +62,7 @@ class ChosenParts:
     chunk_tokens: int = 77
     clip_skip: int = 0
     style: OpenStyle = field(default_factory=OpenStyle)
+    controlnet: Path | None = None
 
     @classmethod
     def choose(
@@ -87,6 +94,7 @@ class ChosenParts:
             chunk_tokens=chunk_tokens,
             clip_skip=clip_skip,
             style=style,
+            controlnet=options.controlnet,
         )
 
     @property
@@ -127,13 +135,19 @@ class ChosenParts:
         """The context float32 [B, L, D] and the pooled vector float32 [B, P] of both encoders."""
         return pair_context(*pair, tokens_BL, tokens_2_BL, self.chunk_tokens, self.clip_skip)
 
-    def conditioning(self, timesteps: Sequence[int], sizes: Sequence[int] | None) -> Conditioning:
+    def conditioning(
+        self, timesteps: Sequence[int], sizes: Sequence[int] | None
+    ) -> Conditioning | JointConditioning:
         """What the UNet, with LoRAs and adaptor merged, makes of the pooled vector.
 
-        The rest of the UNet is freed again.
+        After it what a ControlNet makes of it. The rest of both networks is freed again.
         """
         unet, _ = self.unet()
-        return Conditioning(unet, timesteps, sizes)
+        own = Conditioning(unet, timesteps, sizes)
+        controlnet = self.control_network()
+        if controlnet is None:
+            return own
+        return JointConditioning(own, Conditioning(controlnet, timesteps, sizes, CONTROL))
 
     def text_encoder(self) -> CLIPTextModel:
         """The model's text encoder with LoRAs merged and words added; no adaptor changes it."""
@@ -155,6 +169,17 @@ class ChosenParts:
             return unet, None
         return unet, merge_adaptor(unet, self.adaptor, self.adaptor_scale)
 
+    def control_network(self) -> ControlNetModel | None:
+        """The ControlNet, as it is: no LoRA and no adaptor changes it. None for other tasks."""
+        return load_controlnet(self.controlnet) if self.controlnet is not None else None
+
+    def control_info(self) -> ControlInfo | None:
+        """What the manifest says of the ControlNet; None for other tasks."""
+        if self.controlnet is None:
+            return None
+        name = model_name(str(self.controlnet), self.controlnet)
+        return ControlInfo(name=name, sha256=weights_identity(self.controlnet))
+
     def encoder(self) -> AutoencoderKL | AutoencoderTiny:
         """The autoencoder that encodes, with the adaptor's weights for it merged, if any."""
         if self.tiny_encoder is not None:
@@ -172,7 +197,7 @@ class ChosenParts:
     def encoder_info(self) -> EncoderInfo:
         """What the manifest says of the encoder."""
         if self.tiny_encoder is not None:
-            name = self.tiny_encoder.resolve().name
+            name = model_name(str(self.tiny_encoder), self.tiny_encoder)
             return EncoderInfo(kind="tiny", name=name, sha256=weights_identity(self.tiny_encoder))
         adaptor_sha256 = None
         if self.adaptor is not None and (self.adaptor / ENCODER_WEIGHTS).exists():
@@ -183,7 +208,7 @@ class ChosenParts:
     def decoder_info(self) -> DecoderInfo:
         """What the manifest says of the decoder."""
         if self.tiny_decoder is not None:
-            name = self.tiny_decoder.resolve().name
+            name = model_name(str(self.tiny_decoder), self.tiny_decoder)
             return DecoderInfo(kind="tiny", name=name, sha256=weights_identity(self.tiny_decoder))
         return DecoderInfo(kind="full", name="vae", sha256=vae_sha256(self.model.folder))
 
@@ -224,6 +249,12 @@ class HeldParts(ChosenParts):
         """As ``ChosenParts.unet``."""
         unet: tuple[UNet2DConditionModel, AdaptorInfo | None] = self._once("unet", super().unet)
         return unet
+
+    def control_network(self) -> ControlNetModel | None:
+        """As ``ChosenParts.control_network``; it stays beside the UNet, with which it runs."""
+        if self.controlnet is not None and CONTROL not in self.held:
+            self.held[CONTROL] = super().control_network()
+        return self.held.get(CONTROL)
 
     def encoder(self) -> AutoencoderKL | AutoencoderTiny:
         """As ``ChosenParts.encoder``."""

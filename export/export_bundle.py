@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -58,7 +59,9 @@ from hipa_deploy.extras import require
 from hipa_deploy.generate.prompts import BAKED_CONDITIONING, BAKED_POOLED, TOKENIZER_2
 from hipa_deploy.generate.stages import join_context
 from hipa_deploy.marks.safety import SAFETY_STAGE
-from hipa_deploy.models.weights.part_config import build
+from hipa_deploy.models.weights.controlnet import check_whole
+from hipa_deploy.models.weights.part_config import build, read_config
+from hipa_deploy.tasks import takes_source
 
 NEUTRAL_PROMPT = "a photo of a red apple"
 PROGRESS_LABELS = {
@@ -109,6 +112,8 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
     text = request.text
     step = request.step
     model.check_parts()
+    if options.controlnet is not None:
+        check_whole(options.controlnet)
     parts = ChosenParts.choose(model, options, settings.task, request.chunk_tokens, text.clip_skip)
     for warning in request.warnings:
         print_warning(console, warning)
@@ -275,7 +280,8 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
             loras=parts.style.info.loras,
             embeddings=parts.style.info.embeddings,
             decoder=parts.decoder_info(),
-            encoder=None if settings.task == "generate" else parts.encoder_info(),
+            encoder=parts.encoder_info() if takes_source(settings.task) else None,
+            control=parts.control_info(),
             task=settings.task,
             strengths=settings.strengths,
             upscale=settings.upscale,
@@ -304,7 +310,12 @@ def conditioning_shape(
     config = parts.model.config
     path = config.folder / "unet/config.json"
     unet: Any = build(UNet2DConditionModel, config.unet, path)
-    return len(settings.starts(step)), conditioning_channels(unet)
+    channels = conditioning_channels(unet)
+    if options.controlnet is not None:
+        of_control = read_config(options.controlnet, "config.json")
+        controlnet: Any = build(ControlNetModel, of_control, options.controlnet / "config.json")
+        channels += conditioning_channels(controlnet)
+    return len(settings.starts(step)), channels
 
 
 def example_prompt(model: ModelParts) -> str:

@@ -35,7 +35,8 @@ class ExportOptions:
         reference_prompts: what ``read_prompt_file`` reads. Up to 8 of these prompts judge every
             stage; None is one prompt of this package.
         dynamic: axes that are not static, of 'batch', 'height' and 'width', in images and pixels.
-        task: None is the adaptor's own; generate without an adaptor.
+        task: None is the adaptor's own; generate without an adaptor. With a ControlNet: control.
+        controlnet: a ControlNetModel folder; the bundle is then to follow control images.
         strengths: of an edit, in (0, 1]; empty means all that the adaptor was trained for.
         encoder: an AutoencoderTiny folder; None is the model's own VAE.
         context_tokens: of a text context, 77, 154 or 231; None is as the adaptor was trained, or
@@ -74,6 +75,7 @@ class ExportOptions:
     reference_prompts: Path | None = None
     dynamic: Mapping[str, Axis] = field(default_factory=dict)
     task: Task | None = None
+    controlnet: Path | None = None
     strengths: tuple[float, ...] = ()
     encoder: Path | None = None
     context_tokens: int | None = None

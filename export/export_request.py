@@ -48,6 +48,7 @@ from hipa_deploy.models.lora.early_lora import (
 from hipa_deploy.models.one_step.one_step_method import OWN, load_method
 from hipa_deploy.models.style import Style
 from hipa_deploy.models.text_pair import forces_zeros
+from hipa_deploy.models.weights.controlnet import check_controlnet, control_warning
 from hipa_deploy.models.weights.early_check import known_shapes
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.models.weights.part_config import read_config
@@ -115,6 +116,8 @@ def check_request(options: ExportOptions) -> None:
         model.check_tiny_decoder(options.decoder)
     if options.encoder is not None:
         model.check_tiny_encoder(options.encoder)
+    if options.controlnet is not None:
+        check_controlnet(options.controlnet, model.config.unet, model.config.vae_factor)
     chunk_tokens = text_sizes(model.config)[0]
     text, _ = text_settings(options, model.config, chunk_tokens)
     # --context-tokens itself is refused before: what is left is how the adaptor was trained.
@@ -186,6 +189,7 @@ def resolve_request(options: ExportOptions) -> Request:
         step_warning(options, settings, model),
         size_warning(options, step),
         method_size_warning(options, settings, step),
+        control_warning(options.controlnet) if options.controlnet is not None else None,
     )
     return Request(
         options=options,
@@ -259,9 +263,12 @@ def check_options(options: ExportOptions, *, decoder: str = "full", encoder: str
             "--encoder is for tasks with a source image, this is generate. Leave out --encoder."
         )
     for option, name in (("decoder", decoder), ("encoder", encoder)):
-        if name in ("full", TINY) or Path(name).is_dir():
+        # An empty path is the current folder.
+        if name in ("full", TINY) or (name and Path(name).is_dir()):
             continue
         expected = "Expected full, tiny, or an AutoencoderTiny folder."
+        if not name:
+            raise HipaError(f"--{option} is empty. {expected}")
         if not Path(name).exists():
             raise HipaError(f"--{option} {name} does not exist. {expected}")
         raise HipaError(
@@ -352,9 +359,12 @@ def _least_bytes(options: ExportOptions, model: ModelParts) -> int:
         parts.append("unet")
     if not options.prompts:
         parts += model.config.text_parts
+    folders = [model.folder / part for part in parts]
+    if options.controlnet is not None:
+        folders.append(options.controlnet)
     count = 0
-    for part in parts:
-        for shape in (known_shapes(model.folder / part) or {}).values():
+    for folder in folders:
+        for shape in (known_shapes(folder) or {}).values():
             count += math.prod(shape)
     return count * BYTES[options.dtype]
 
@@ -372,6 +382,8 @@ class SwapOptions:
         decoder: the AutoencoderTiny folder of a fused bundle; None is the model's VAE.
         style: LoRAs to merge before the adaptor, and the bundle's own embeddings.
         one_step: the step of a LoRA that others made, as for ``ExportOptions``.
+        controlnet: the ControlNetModel folder of a bundle for the task control, in whose graph the
+            adaptor's weights lie; None for other tasks.
         signing_key: the private key that signs swap.json; None leaves it unsigned.
 
     """
@@ -384,6 +396,7 @@ class SwapOptions:
     decoder: Path | None = None
     style: Style = field(default_factory=Style)
     one_step: str | None = None
+    controlnet: Path | None = None
     signing_key: Path | None = None
 
     def __post_init__(self) -> None:
@@ -436,6 +449,7 @@ def check_swap_request(options: SwapOptions) -> None:
     if options.decoder is not None:
         model.check_tiny_decoder(options.decoder)
     _check_same_base(options, bundle, model)
+    _check_same_control(options, bundle)
     like_bundle = _bundle_options(options, bundle)
     settings = choose_task(like_bundle, model)
     _check_timestep(options, bundle, settings)
@@ -486,6 +500,21 @@ def _check_same_base(options: SwapOptions, bundle: Bundle, model: ModelParts) ->
         )
 
 
+def _check_same_control(options: SwapOptions, bundle: Bundle) -> None:
+    """Raise HipaError unless the ControlNet is the bundle's: one stage holds it and the UNet."""
+    expected = bundle.manifest.control
+    given = options.controlnet
+    if expected is None:
+        if given is not None:
+            raise HipaError(f"{bundle.root} has no ControlNet. Leave out --controlnet.")
+        return
+    if given is None or not has_identity(given, expected.sha256):
+        raise HipaError(
+            f"{bundle.root} was exported with the ControlNet {expected.name}, which lies in one "
+            "graph with the UNet. Give it with --controlnet."
+        )
+
+
 def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
     """The options that ``bundle`` was exported with, but for the adaptor."""
     manifest = bundle.manifest
@@ -502,6 +531,7 @@ def _bundle_options(options: SwapOptions, bundle: Bundle) -> ExportOptions:
         fuse="generator" in bundle.stages,
         decoder=options.decoder,
         task=manifest.task,
+        controlnet=options.controlnet,
         strengths=tuple(entry.strength for entry in manifest.strengths),
         style=options.style,
         context_tokens=manifest.text.context_tokens,

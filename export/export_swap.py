@@ -58,6 +58,7 @@ from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.extras import require
 from hipa_deploy.generate.stages import along_path, join_context, stage_feed
 from hipa_deploy.models.style import StyleInfo
+from hipa_deploy.models.weights.controlnet import check_whole
 
 
 def export_swap(options: SwapOptions, console: Console | None = None) -> AdaptorSwap:
@@ -88,6 +89,8 @@ def export_swap(options: SwapOptions, console: Console | None = None) -> Adaptor
     settings = request.settings
     like_bundle = request.like_bundle
     model.check_parts()
+    if options.controlnet is not None:
+        check_whole(options.controlnet)
     bundle.verify()
     with new_folder(options.out, alone=True) as root, temporary_folder("hipa-export") as scratch:
         for warning in request.warnings:

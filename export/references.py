@@ -15,6 +15,8 @@ in memory at a time.
     mask         float32 [B, 1, h, w]   task inpaint
     source       float32 [B, C, h, w]   encoder of ``image``, scaled
     step         int64   [1]            index of the strength, of an edit with several
+    control      uint8   [B, H, W, 3]   task control
+    control_scale float32 [B]           task control
     output       float32 [B, C, h, w]   UNet
     latents      float32 [B, C, h, w]   what the decoder takes, scaled
     images       uint8   [B, H, W, 3]   decoder
@@ -40,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
@@ -48,7 +51,12 @@ from hipa_deploy.export.chosen_parts import ChosenParts, HeldParts
 from hipa_deploy.export.generic.generic_pair import TEXT_PARTS, encoder_tensors, hidden_states
 from hipa_deploy.export.graph.conditioning import Recorder
 from hipa_deploy.export.graph.half_precision import Ranges
-from hipa_deploy.export.graph.modules import from_uint8, seen_by_unet, to_uint8
+from hipa_deploy.export.graph.modules import (
+    control_residuals,
+    from_uint8,
+    seen_by_unet,
+    to_uint8,
+)
 from hipa_deploy.export.graph.reference_check import check_reference
 from hipa_deploy.export.graph.safety_module import (
     load_safety_checker,
@@ -68,6 +76,7 @@ from hipa_deploy.tasks import (
     is_inpainting_unet,
     size_numbers,
     start_latents,
+    takes_source,
 )
 
 FIRST_SEED = 0
@@ -75,6 +84,7 @@ ENCODED_AT_ONCE = 64  # prompts of a closed set; thousands at once would not fit
 # Tensors that come from outside of the model. The stages of a bundle compute all others.
 INPUTS = (
     "tokens", "tokens_2", "sizes", "noise", "image", "mask", "step", "timestep", "time_ids",
+    "control", "control_scale",
 )  # fmt: skip
 
 
@@ -301,6 +311,15 @@ def add_source(
     return references.plus(tensors, largest)
 
 
+def add_control(references: References, step: OneStep) -> References:
+    """Add 'control', a drawn image, and 'control_scale', as the task control takes them."""
+    inputs = example_inputs("control", step.height, step.width, factor=1)
+    tensors: dict[str, np.ndarray] = {}
+    for name, value in inputs.items():
+        tensors[name] = value[None].repeat(references.batch, 0)
+    return references.plus(tensors)
+
+
 @torch.no_grad()
 def add_step(
     references: References,
@@ -313,17 +332,24 @@ def add_step(
 ) -> References:
     """Add 'output' and 'latents' of the one step, at every strength of an edit.
 
-    Of SDXL also 'conditioning', as the UNet's blocks compute it in the general form.
+    Of SDXL also 'conditioning', as the blocks of UNet and ControlNet compute it in the general
+    form.
     """
     # In the layout generic the noise is scaled already.
     noise_scale = step.noise_scale if layout == "onestep" else 1.0
     unet, adaptor = parts.unet()
+    controlnet = parts.control_network()
     tensors: dict[str, np.ndarray] = {}
     conditioning = []
-    with watched(watch, "unet", unet) as largest, _recorded(parts, unet, layout) as recorder:
+    with (
+        watched(watch, "unet", unet) as largest,
+        watched(watch, "controlnet", controlnet) as of_control,
+        _recorded(parts, layout, unet, controlnet) as recorder,
+    ):
         for index, start in enumerate(settings.starts(step)):
             output_BCHW, latents_BCHW = _one_step(
                 unet,
+                controlnet,
                 references.tensors,
                 settings,
                 step,
@@ -337,16 +363,19 @@ def add_step(
                 conditioning.append(recorder.conditioning_BK.numpy())
     if conditioning:
         tensors["conditioning"] = np.stack(conditioning, axis=1)
-    return replace(references.plus(tensors, largest), adaptor=adaptor)
+    return replace(references.plus(tensors, {**largest, **of_control}), adaptor=adaptor)
 
 
 def _recorded(
-    parts: ChosenParts, unet: UNet2DConditionModel, layout: Layout
+    parts: ChosenParts,
+    layout: Layout,
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel | None,
 ) -> AbstractContextManager[Recorder | None]:
     """A recorder of SDXL's conditioning; nothing for another model, or where the UNet keeps it."""
     if layout == "generic" or not parts.has_text_pair:
         return nullcontext()
-    return Recorder(unet)
+    return Recorder(unet) if controlnet is None else Recorder(unet, controlnet)
 
 
 def _added_conditions(
@@ -367,6 +396,7 @@ def _time_ids(step: OneStep, batch: int) -> np.ndarray:
 
 def _one_step(
     unet: UNet2DConditionModel,
+    controlnet: ControlNetModel | None,
     tensors: Mapping[str, np.ndarray],
     settings: TaskSettings,
     step: OneStep,
@@ -391,12 +421,19 @@ def _one_step(
     on_torch = {name: torch.from_numpy(value) for name, value in conditions.items()}
     sample_BCHW = seen_by_unet(torch.from_numpy(start_BCHW), on_torch, concatenates=concatenates)
     context_BLD = torch.from_numpy(tensors["context"])
+    added = _added_conditions(tensors, step)
+    residuals = {}
+    if controlnet is not None:
+        residuals = control_residuals(
+            controlnet, sample_BCHW, timestep, context_BLD, on_torch, added
+        )
     output_BCHW = unet(
         sample_BCHW,
         timestep,
         context_BLD,
-        added_cond_kwargs=_added_conditions(tensors, step),
+        added_cond_kwargs=added,
         return_dict=False,
+        **residuals,
     )[0].numpy()
 
     x0_BCHW = predict_x0(start_BCHW, output_BCHW, alpha_bar, step.prediction_type, step.method)
@@ -496,7 +533,9 @@ def make_every_reference(
         if "context" not in references.tensors:
             made[index] = add_context(references, held, layout, watch=watch)
     held.release()
-    if settings.task != "generate":
+    if settings.task == "control":
+        made = [add_control(references, step) for references in made]
+    if takes_source(settings.task):
         for index, references in enumerate(made):
             made[index] = add_source(references, held, settings, step, watch=watch)
         held.release()
@@ -536,13 +575,13 @@ def add_safety(references: References, model: Path) -> tuple[References, SafetyS
 
 
 @contextmanager
-def watched(watch: bool, name: str, module: nn.Module) -> Iterator[dict[str, float]]:
+def watched(watch: bool, name: str, module: nn.Module | None) -> Iterator[dict[str, float]]:
     """Record ``module``'s largest magnitudes inside the block, by place in the diffusers folder.
 
     The dict that the block gets is filled when the block ends.
     """
     largest: dict[str, float] = {}
-    if not watch:
+    if not watch or module is None:
         yield largest
         return
     with Ranges().watching() as ranges:

@@ -31,7 +31,7 @@ from hipa_deploy.models.one_step.one_step_method import (
     load_method,
     names_for,
 )
-from hipa_deploy.tasks import Task, strength_timestep, unet_inputs
+from hipa_deploy.tasks import FROM_NOISE, Task, strength_timestep, takes_source, unet_inputs
 
 LAST_TIMESTEP = 999
 DEFAULT_STRENGTHS = (0.5,)
@@ -97,8 +97,12 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
 
     # The options win where both name a task, but only to be checked: an adaptor knows one task.
     trained_task: Task = metadata.task if metadata else "generate"
+    _check_control(options, trained_task)
+    # A ControlNet guides the step that the adaptor learned to generate with.
+    if options.controlnet is not None:
+        trained_task = "control"
     task = options.task or trained_task
-    if metadata and metadata.task != task:
+    if metadata and trained_task != task:
         raise HipaError(
             f"adaptor {options.adaptor} was trained to {metadata.task}, not to {task}. "
             f"Use an adaptor for {task}, or leave out --task."
@@ -107,7 +111,7 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
 
     method = choose_method(options, model.config, metadata)
     if method is not None:
-        if task != "generate":
+        if task not in FROM_NOISE:
             raise HipaError(
                 f"one-step method {method.name} is for the task generate, this is {task}. "
                 "Leave out --one-step, or use an adaptor that was trained for the task."
@@ -223,7 +227,7 @@ def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelPar
                 f"{config.folder} says {config.prediction_type}: {said} is used."
             )
         return None
-    if options.one_step is not None or settings.task != "generate":
+    if options.one_step is not None or settings.task not in FROM_NOISE:
         return None
     names = ", ".join(names_for(config))
     if options.adaptor is not None and not (options.adaptor / METADATA).exists():
@@ -318,13 +322,34 @@ def _check_options(task: Task, options: ExportOptions) -> None:
     """Raise HipaError for an option that belongs to another task."""
     if task != "edit" and options.strengths:
         raise HipaError(f"--strengths is for the task edit, this is {task}. Leave out --strengths.")
-    if task == "generate" and options.encoder:
+    if not takes_source(task) and options.encoder:
         raise HipaError(
-            "--encoder is for tasks with a source image, this is generate. Leave out --encoder."
+            f"--encoder is for tasks with a source image, this is {task}. Leave out --encoder."
         )
     if task != "generate" and options.layout == "generic":
         raise HipaError(
             f"--layout generic is for the task generate, this is {task}. Use --layout onestep."
+        )
+
+
+def _check_control(options: ExportOptions, trained_task: Task) -> None:
+    """Raise HipaError for a ControlNet without its task, and the other way round."""
+    if options.controlnet is None:
+        if options.task == "control":
+            raise HipaError(
+                "--task control needs the network that reads control images. Give it with "
+                "--controlnet."
+            )
+        return
+    if options.task not in (None, "control"):
+        raise HipaError(
+            f"--controlnet is for the task control, this is {options.task}. Leave out one of the "
+            "two."
+        )
+    if trained_task != "generate":
+        raise HipaError(
+            f"adaptor {options.adaptor} was trained to {trained_task}, and a ControlNet guides "
+            "what was trained to generate. Leave out --controlnet, or use another adaptor."
         )
 
 

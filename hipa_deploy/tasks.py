@@ -8,6 +8,8 @@ step's timestep.
     edit       z = a z0 + s e             at a timestep for each strength (SDEdit, Meng et al. 2022)
     inpaint    z = m e + (1 - m) z0       and afterwards x0 = m x0 + (1 - m) z0
     upscale    z = z0                     of the enlarged image, no noise (OSEDiff, Wu et al. 2024)
+    control    z = n e                    as generate; a ControlNet sees a control image beside it
+                                          (Zhang et al. 2023)
 
 A UNet made for inpainting starts from z = e and sees [z, m, z0], nine channels (Rombach et al.
 2022). HiPA's own recipes of these tasks are not public: inpainting from clean latents around the
@@ -24,7 +26,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Task = Literal["generate", "edit", "inpaint", "upscale"]
+Task = Literal["generate", "edit", "inpaint", "upscale", "control"]
+# Those that an adaptor is trained for. Under a ControlNet runs one that was trained to generate.
+TrainedTask = Literal["generate", "edit", "inpaint", "upscale"]
 
 # What a step takes besides the text context, in the order of the UNet stage's inputs.
 STEP_INPUTS: dict[Task, tuple[str, ...]] = {
@@ -32,7 +36,21 @@ STEP_INPUTS: dict[Task, tuple[str, ...]] = {
     "edit": ("noise", "source"),
     "inpaint": ("noise", "source", "mask"),
     "upscale": ("source",),
+    "control": ("noise", "control", "control_scale"),
 }
+# They start from noise alone, and run any method's step.
+FROM_NOISE: tuple[Task, ...] = ("generate", "control")
+
+
+def takes_source(task: Task) -> bool:
+    """Whether a task starts from the latents of a source image, which the VAE encodes.
+
+    Example:
+        >>> takes_source("edit"), takes_source("control")
+        (True, False)
+
+    """
+    return "source" in STEP_INPUTS[task]
 
 
 def unet_inputs(task: Task, strengths: int = 1, *, conditioned: bool = False) -> tuple[str, ...]:
@@ -100,10 +118,10 @@ def start_latents(
             [B, 1, h, w] in [0, 1].
         alpha_bar: cumulative signal power at the step's timestep: a number, or [B, 1, 1, 1].
         concatenates: whether the UNet takes mask and source as channels of their own.
-        noise_scale: of the task generate, what the noise is multiplied by.
+        noise_scale: of the tasks generate and control, what the noise is multiplied by.
 
     """
-    if task == "generate" and noise_scale != 1:
+    if task in FROM_NOISE and noise_scale != 1:
         return noise_scale * inputs["noise"]
     if task == "edit":
         return alpha_bar**0.5 * inputs["source"] + (1 - alpha_bar) ** 0.5 * inputs["noise"]

@@ -1,12 +1,13 @@
 """Make tests/tiny_bundles.zip: a bundle of each task, of random weights, for batches of 1 to 8.
 
-And tests/tiny_refine.zip: a bundle that refines, with an adaptor of random weights. And
+That of the task control is in tests/tiny_control.zip, with a ControlNet of random weights. And
+tests/tiny_refine.zip: a bundle that refines, with an adaptor of random weights. And
 tests/tiny_sdxl.tar.xz: a bundle of each task of a tiny SDXL, and one with baked prompts. Those
 to generate refine.
 
     python tests/make_tiny_bundles.py
 
-An export takes seconds, and a server of all tasks needs four of them. So they are kept.
+An export takes seconds, and a server of all tasks needs five of them. So they are kept.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.axes import parse_axes
 from tests.export.conftest import make_adaptor
+from tests.tiny_controlnet import make_controlnet
 from tests.tiny_model import make_model
 from tests.tiny_sdxl import make_sdxl
 
 OUT = Path(__file__).parent / "tiny_bundles.zip"
+CONTROL_OUT = Path(__file__).parent / "tiny_control.zip"
 REFINE_OUT = Path(__file__).parent / "tiny_refine.zip"
 SDXL_OUT = Path(__file__).parent / "tiny_sdxl.tar.xz"
 REFINE_NAME = "tiny-refine"
@@ -46,8 +49,19 @@ def main() -> None:
                 out = folder / task
                 export_bundle(ExportOptions(model=str(model), out=out, dynamic=axes, **options))
                 add(archive, out)
+        make_control_bundle(model, folder)
         make_refine_bundle(model, folder)
         make_sdxl_bundles(folder)
+
+
+def make_control_bundle(model: Path, folder: Path) -> None:
+    """Write CONTROL_OUT."""
+    controlnet = make_controlnet(model, folder / "tiny-lines")
+    out = folder / "tiny-control"
+    axes = parse_axes("batch=1:4:8")
+    export_bundle(ExportOptions(model=str(model), out=out, controlnet=controlnet, dynamic=axes))
+    with zipfile.ZipFile(CONTROL_OUT, "w", zipfile.ZIP_DEFLATED) as archive:
+        add(archive, out)
 
 
 def make_refine_bundle(model: Path, folder: Path) -> None:

@@ -22,14 +22,15 @@ from hipa_deploy.bundle.folder import Bundle
 from tests.swap_samples import INFO, scaled_weights, write_swap
 
 LARGEST = 8  # images of a batch
-ARCHIVE = Path(__file__).parent / "tiny_bundles.zip"
+ARCHIVES = ("tiny_bundles.zip", "tiny_control.zip")
 LOADED = 120.0  # seconds until a server of tiny bundles must be ready, on a busy machine
 
 
 def tiny_bundles(folder: Path) -> dict[str, Bundle]:
-    """The bundles of tests/tiny_bundles.zip, by name: one of each task."""
-    with zipfile.ZipFile(ARCHIVE) as archive:
-        archive.extractall(folder)
+    """The bundles of tests/tiny_bundles.zip and tiny_control.zip, by name: one of each task."""
+    for name in ARCHIVES:
+        with zipfile.ZipFile(Path(__file__).parent / name) as archive:
+            archive.extractall(folder)
     return {path.name: Bundle.open(path) for path in sorted(folder.iterdir())}
 
 

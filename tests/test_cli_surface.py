@@ -32,7 +32,7 @@ SURFACE = {
         "--strengths", "--encoder", "--context-tokens", "--clip-skip", "--prompt-weights", "--lora",
         "--embedding", "--one-step", "--build", "--swap-for", "--sign", "--mark",
         "--with-teacher",
-        "--reference-prompts", "--for",
+        "--reference-prompts", "--for", "--controlnet",
     },
     "build": {
         "--for", "--backend", "--target", "--workspace", "--tactic-dram", "--optimization-level",
@@ -58,6 +58,11 @@ SURFACE = {
     "upscale": {
         "--overlap", "--out", "--adaptor", "--backend", "--truncate", "--prompt-weights",
         "--low-memory", "--verify", "--cache", "--force",
+        "--format", "--quality", "--watermark", "--c2pa",
+    },
+    "control": {
+        "--scale", "--out", "--seed", "--count", "--height", "--width", "--adaptor", "--backend",
+        "--truncate", "--prompt-weights", "--low-memory", "--verify", "--cache", "--force",
         "--format", "--quality", "--watermark", "--c2pa",
     },
     "serve": {

@@ -29,6 +29,16 @@ def rounds_at(step: int) -> int:
     return min(MOST_ROUNDS, FIRST_ROUNDS + step // STEPS_A_ROUND)
 
 
+def kind_weights(rows: list[dict[str, str]]) -> torch.Tensor:
+    """How often the emoji of each row is drawn.
+
+    A kind counts with the root of its size: otherwise every seventh picture is a flag, or a person
+    at work.
+    """
+    kinds = [row["kind"] for row in rows]
+    return torch.tensor([kinds.count(kind) ** -0.5 for kind in kinds])
+
+
 class LatentRounds:
     """Scaled latents of random pictures, and the backgrounds of these pictures."""
 
@@ -67,13 +77,8 @@ class LatentRounds:
         return {"latents": torch.cat(latents), "colours": colours}
 
     def weights(self) -> torch.Tensor:
-        """How often each emoji is drawn.
-
-        A kind counts with the root of its size: otherwise every seventh picture is a flag, or a
-        person at work.
-        """
-        kinds = [row["kind"] for row in self.pictures.rows]
-        return torch.tensor([kinds.count(kind) ** -0.5 for kind in kinds])
+        """How often each emoji is drawn."""
+        return kind_weights(self.pictures.rows)
 
     def batch(
         self, index: torch.Tensor, rounds: int, generator: torch.Generator

@@ -6,6 +6,8 @@ its first convolution. At one timestep and one size all of it depends on the pro
 text stage computes it once a prompt: the 'conditioning', the blocks' projections side by side. The
 UNet's graph has no embedding left, and each block takes its part.
 
+A ControlNet of SDXL has blocks of the same kind. Their projections follow the UNet's.
+
 Suffixes: B batch, D width of the time embedding, E numbers of the sizes' sinusoids, K channels of
 all blocks together, P width of the pooled vector, S starts of the step (several strengths of an
 edit have several timesteps).
@@ -14,9 +16,10 @@ edit have several timesteps).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -30,9 +33,11 @@ class Conditioning(torch.nn.Module):
     """pooled vector [B, P] and perhaps the six numbers int64 [B, 6] -> conditioning [B, S, K].
 
     Args:
-        unet: SDXL's, in float32, with LoRAs and adaptor merged. Its layers are used, not copied.
+        unet: SDXL's, in float32, with LoRAs and adaptor merged; or a ControlNet. Its layers are
+            used, not copied.
         timesteps: S of them.
         sizes: the six numbers of ``size_numbers``; None for an input of images of several sizes.
+        place: of the network in the diffusers folder.
 
     Raises:
         HipaError: a block uses the embedding in another way: scale and shift, or in its norms.
@@ -46,28 +51,31 @@ class Conditioning(torch.nn.Module):
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        unet: UNet2DConditionModel | ControlNetModel,
         timesteps: Sequence[int],
         sizes: Sequence[int] | None,
+        place: str = "unet",
     ) -> None:
         super().__init__()
         model: Any = unet
         # Where each layer lies in the diffusers folder; see ``place_of``.
         self.places = {
-            "add_embedding": "unet.add_embedding",
-            "sinusoids": "unet.add_time_proj",
-            "activations": "unet.time_embed_act",
-            "time_1SD": "unet.time_embedding.linear_2.bias",
+            "add_embedding": f"{place}.add_embedding",
+            "sinusoids": f"{place}.add_time_proj",
+            "activations": f"{place}.time_embed_act",
+            "time_1SD": f"{place}.time_embedding.linear_2.bias",
         }
         self.add_embedding = model.add_embedding
         self.activations = torch.nn.Sequential()
-        if model.time_embed_act is not None:
-            self.activations.append(model.time_embed_act)
+        # A ControlNet has no activation of its own there.
+        activation = getattr(model, "time_embed_act", None)
+        if activation is not None:
+            self.activations.append(activation)
         blocks = conditioned_blocks(unet)
         self.activations.append(next(iter(blocks.values())).nonlinearity)
         for number, (name, block) in enumerate(blocks.items()):
             setattr(self, f"projection_{number}", block.time_emb_proj)
-            self.places[f"projection_{number}"] = f"unet.{name}.{PROJECTION}"
+            self.places[f"projection_{number}"] = f"{place}.{name}.{PROJECTION}"
         self.count = len(blocks)
 
         # Constants of the graph, and no buffers: they must stay float32 when a module is halved.
@@ -75,7 +83,8 @@ class Conditioning(torch.nn.Module):
             probe = torch.zeros(1, dtype=next(unet.parameters()).dtype)
             rows = []
             for timestep in timesteps:
-                rows.append(model.time_embedding(model.get_time_embed(probe, timestep)))
+                sinusoids_1D = model.time_proj(torch.tensor([timestep])).to(probe.dtype)
+                rows.append(model.time_embedding(sinusoids_1D))
             self.time_1SD = torch.cat(rows)[None]
             self.sinusoids = model.add_time_proj
             self.sizes_1E = None
@@ -98,6 +107,24 @@ class Conditioning(torch.nn.Module):
         parts = []
         for number in range(self.count):
             parts.append(getattr(self, f"projection_{number}")(embedding_BSD))
+        return torch.cat(parts, dim=-1)
+
+
+class JointConditioning(torch.nn.Module):
+    """The conditioning of a UNet, and after it that of the ControlNet beside it."""
+
+    places: ClassVar[dict[str, str]] = {}  # both parts have their own
+
+    def __init__(self, unet: Conditioning, controlnet: Conditioning) -> None:
+        super().__init__()
+        self.unet = unet
+        self.controlnet = controlnet
+
+    def forward(
+        self, pooled_BP: torch.Tensor, sizes_B6: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """As ``Conditioning``."""
+        parts = [self.unet(pooled_BP, sizes_B6), self.controlnet(pooled_BP, sizes_B6)]
         return torch.cat(parts, dim=-1)
 
 
@@ -139,13 +166,7 @@ def cut_conditioning(unet: UNet2DConditionModel) -> int:
         torch.Size([1, 4, 128, 128])
 
     """
-    first = 0
-    for block in conditioned_blocks(unet).values():
-        channels = block.time_emb_proj.out_features
-        block.time_emb_proj = Part(first, channels)
-        # What comes in is projected already, so the activation before the projection goes too.
-        block.skip_time_act = True
-        first += channels
+    channels = _take_parts(unet, 0)
 
     # Any, as modules of other classes take the places that diffusers declares.
     cut: Any = unet
@@ -154,10 +175,48 @@ def cut_conditioning(unet: UNet2DConditionModel) -> int:
     cut.get_aug_embed = lambda **_: None
     cut.add_embedding = None
     cut.time_embed_act = None
+    return channels
+
+
+class GivenEmbedding(torch.nn.Module):
+    """Replaces a ControlNet's time embedding: it gives what ``timestep_cond`` is."""
+
+    def forward(self, _: Any, conditioning_BK: torch.Tensor) -> torch.Tensor:
+        """Return the conditioning as it is."""
+        return conditioning_BK
+
+
+def cut_control(controlnet: ControlNetModel, first: int) -> None:
+    """Let a ControlNet take the conditioning [B, K] as ``timestep_cond``, for all its embeddings.
+
+    Args:
+        controlnet: SDXL's; it is changed in place.
+        first: its first channel in the conditioning: as many as the UNet has.
+
+    Raises:
+        HipaError: as ``Conditioning``.
+
+    """
+    _take_parts(controlnet, first)
+    # Any, as modules of other classes take the places that diffusers declares.
+    cut: Any = controlnet
+    cut.time_embedding = GivenEmbedding()
+    cut.register_to_config(addition_embed_type=None)
+    cut.add_embedding = None
+
+
+def _take_parts(network: UNet2DConditionModel | ControlNetModel, first: int) -> int:
+    """Let each block take its part of the conditioning; returns the number after the last."""
+    for block in conditioned_blocks(network).values():
+        channels = block.time_emb_proj.out_features
+        block.time_emb_proj = Part(first, channels)
+        # What comes in is projected already, so the activation before the projection goes too.
+        block.skip_time_act = True
+        first += channels
     return first
 
 
-def conditioning_channels(unet: UNet2DConditionModel) -> int:
+def conditioning_channels(unet: UNet2DConditionModel | ControlNetModel) -> int:
     """K, the channels of all blocks together.
 
     Raises:
@@ -170,7 +229,7 @@ def conditioning_channels(unet: UNet2DConditionModel) -> int:
     return channels
 
 
-def conditioned_blocks(unet: UNet2DConditionModel) -> dict[str, Any]:
+def conditioned_blocks(unet: UNet2DConditionModel | ControlNetModel) -> dict[str, Any]:
     """The ResNet blocks that add an embedding, by name, in the order of the UNet's modules.
 
     Raises:
@@ -197,7 +256,7 @@ def conditioned_blocks(unet: UNet2DConditionModel) -> dict[str, Any]:
 
 
 class Recorder:
-    """Records what a UNet's blocks project, while it runs in its general form.
+    """Records what the blocks of networks project, while they run in their general form.
 
     Example:
         >>> with Recorder(unet) as recorder:
@@ -207,8 +266,12 @@ class Recorder:
 
     """
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        self._projections = [block.time_emb_proj for block in conditioned_blocks(unet).values()]
+    def __init__(self, *networks: UNet2DConditionModel | ControlNetModel) -> None:
+        self._projections = []
+        for network in networks:
+            self._projections += [
+                block.time_emb_proj for block in conditioned_blocks(network).values()
+            ]
         self._made: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
 

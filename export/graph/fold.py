@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.resnet import ResnetBlock2D, ResnetBlockCondNorm2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -50,15 +51,15 @@ class StepBias(torch.nn.Module):
 
 
 @torch.no_grad()
-def fold_timestep(unet: UNet2DConditionModel, *timesteps: int) -> int:
+def fold_timestep(unet: UNet2DConditionModel | ControlNetModel, *timesteps: int) -> int:
     """Fold the embedding of the timestep into the bias of each ResNet block's first convolution.
 
     A block adds its projected embedding to the output of ``conv1``, per channel: the same sum as a
     bias. With several timesteps the bias is a row of a table.
 
     Args:
-        unet: in float32; it is changed in place. With several timesteps it takes the index of one,
-            int64 [1], in place of a timestep.
+        unet: or a ControlNet, in float32; it is changed in place. With several timesteps it takes
+            the index of one, int64 [1], in place of a timestep.
         timesteps: one or more, 0 to 999.
 
     Returns:
@@ -75,8 +76,13 @@ def fold_timestep(unet: UNet2DConditionModel, *timesteps: int) -> int:
 
     """
     probe = torch.zeros(1, dtype=next(unet.parameters()).dtype)
-    embed = torch.nn.Sequential(unet.time_embedding, unet.time_embed_act or torch.nn.Identity())
-    embeddings_1D = [embed(unet.get_time_embed(probe, timestep)) for timestep in timesteps]
+    # A ControlNet has no activation of its own there, and looks its sinusoids up in ``forward``.
+    activation = getattr(unet, "time_embed_act", None) or torch.nn.Identity()
+    embed = torch.nn.Sequential(unet.time_embedding, activation)
+    embeddings_1D = []
+    for timestep in timesteps:
+        sinusoids_1D = unet.time_proj(torch.tensor([timestep])).to(probe.dtype)
+        embeddings_1D.append(embed(sinusoids_1D))
 
     if any(isinstance(module, ResnetBlockCondNorm2D) for module in unet.modules()):
         raise HipaError(

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -30,7 +31,7 @@ from hipa_deploy.bundle.manifest import (
     TensorSpec,
 )
 from hipa_deploy.export.generic.generic_rows import SIZE_NUMBERS, PairSizes, Row, generic_rows
-from hipa_deploy.export.graph.conditioning import Conditioning
+from hipa_deploy.export.graph.conditioning import Conditioning, JointConditioning
 from hipa_deploy.export.graph.fold import fold_decoder_input, fold_encoder_output
 from hipa_deploy.export.graph.upsample import fold_upsampling
 from hipa_deploy.generate.x0 import predict_x0_in_a_graph
@@ -111,7 +112,7 @@ class _TextPair(torch.nn.Module):
         self,
         encoder: CLIPTextModel,
         encoder_2: CLIPTextModelWithProjection,
-        conditioning: Conditioning,
+        conditioning: Conditioning | JointConditioning,
         dtype: torch.dtype,
         chunk_tokens: int = 77,
         clip_skip: int = 0,
@@ -173,8 +174,9 @@ class OneStepUNet(torch.nn.Module):
     """The one step of a task -> the latents to decode, scaled, float32 [B, C, H, W].
 
     The inputs are ``unet_inputs(task)``: noise and source [B, C, H, W], mask [B, 1, H, W], the
-    index of one of several strengths [1], context [B, L, D]; of SDXL also the conditioning
-    [B, S, K] that the text stage computed. The start of the step and the
+    index of one of several strengths [1], context [B, L, D]; of the task control the control image
+    uint8 [B, H, W, 3] and its scale [B]; of SDXL also the conditioning [B, S, K] that the text
+    stage computed. The start of the step and the
     combination to x0 stay in float32 inside a float16 graph: for eps, x0 = (z - s eps) / a
     amplifies the UNet's rounding s / a = 14.6 times at t = 999.
 
@@ -184,6 +186,7 @@ class OneStepUNet(torch.nn.Module):
         task: what the image is made from.
         strengths: of an edit; with several, the UNet takes the index of one.
         conditioned: whether ``cut_conditioning`` cut the UNet, in place of ``fold_timestep``.
+        controlnet: of the task control, folded in the same way.
 
     Example:
         >>> fold_timestep(unet, step.timestep)
@@ -192,7 +195,7 @@ class OneStepUNet(torch.nn.Module):
 
     """
 
-    places: ClassVar = {"unet": "unet"}
+    places: ClassVar = {"unet": "unet", "controlnet": "controlnet"}
 
     def __init__(
         self,
@@ -202,9 +205,13 @@ class OneStepUNet(torch.nn.Module):
         strengths: Sequence[Strength] = (),
         *,
         conditioned: bool = False,
+        controlnet: ControlNetModel | None = None,
     ) -> None:
         super().__init__()
         self.unet = unet
+        # Of other tasks no part at all: its name would be in their graphs.
+        if controlnet is not None:
+            self.controlnet = controlnet
         self.step = step
         self.task: Task = task
         self.names = unet_inputs(task, len(strengths), conditioned=conditioned)
@@ -231,7 +238,20 @@ class OneStepUNet(torch.nn.Module):
         )
         sample_BCHW = seen_by_unet(start_BCHW, tensors, concatenates=self.concatenates)
         sample_BCHW = sample_BCHW.to(context_BLD.dtype)
-        output_BCHW = self.unet(sample_BCHW, timestep, context_BLD, return_dict=False)[0].float()
+        residuals = {}
+        if self.task == "control":
+            conditioning_BK = timestep if "conditioning" in tensors else None
+            residuals = control_residuals(
+                self.controlnet,
+                sample_BCHW,
+                self.step.timestep,
+                context_BLD,
+                tensors,
+                conditioning_BK=conditioning_BK,
+            )
+        output_BCHW = self.unet(sample_BCHW, timestep, context_BLD, return_dict=False, **residuals)[
+            0
+        ].float()
 
         prediction_type = self.step.prediction_type
         x0_BCHW = predict_x0_in_a_graph(
@@ -268,6 +288,7 @@ def name_arguments(module: torch.nn.Module, names: Sequence[str]) -> None:
     """
     forward = module.forward
     suffixes = {"context": "BLD", "conditioning": "BSK", "mask": "B1HW", "step": "1"}
+    suffixes |= {"control": "BHWC", "control_scale": "B"}
 
     def named(*inputs: torch.Tensor) -> torch.Tensor:
         return forward(*inputs)
@@ -292,6 +313,47 @@ def seen_by_unet(
     if not concatenates:
         return start_BCHW
     return torch.cat([start_BCHW, tensors["mask"], tensors["source"]], dim=1)
+
+
+def control_residuals(
+    controlnet: ControlNetModel,
+    sample_BCHW: torch.Tensor,
+    timestep: Any,
+    context_BLD: torch.Tensor,
+    tensors: Mapping[str, torch.Tensor],
+    added: Mapping[str, torch.Tensor] | None = None,
+    conditioning_BK: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """What a ControlNet adds to the UNet's blocks, as keywords of the UNet.
+
+    Args:
+        controlnet: in its general form, or folded as the UNet is.
+        sample_BCHW: as the UNet sees it.
+        timestep: as the UNet takes it.
+        context_BLD: as the UNet takes it.
+        tensors: 'control' uint8 [B, H, W, 3]; 'control_scale' float32 [B], by which each image's
+            residuals are multiplied: 1 is the ControlNet as it was trained, 0 switches it off.
+        added: what diffusers calls ``added_cond_kwargs``, of SDXL in its general form.
+        conditioning_BK: of SDXL after ``cut_control``.
+
+    """
+    # A ControlNet takes colours in [0, 1], and not in [-1, 1] as the VAE does.
+    control_BCHW = from_uint8(tensors["control"]).to(sample_BCHW.dtype)
+    scale_B111 = tensors["control_scale"].to(sample_BCHW.dtype)[:, None, None, None]
+    blocks, middle_BCHW = controlnet(
+        sample_BCHW,
+        timestep,
+        context_BLD,
+        control_BCHW,
+        conditioning_scale=scale_B111,
+        timestep_cond=conditioning_BK,
+        added_cond_kwargs=added,
+        return_dict=False,
+    )
+    return {
+        "down_block_additional_residuals": blocks,
+        "mid_block_additional_residual": middle_BCHW,
+    }
 
 
 class OneStepEncoder(torch.nn.Module):
@@ -534,6 +596,8 @@ def _onestep_rows(
         "source": source,
         "mask": ("mask", "float32", (batch, 1, *latent_size)),
         "step": ("step", "int64", (1,)),
+        "control": ("control", "uint8", image_BHWC),
+        "control_scale": ("control_scale", "float32", (batch,)),
         "context": context,
     }
     text_rows = [tokens, context]

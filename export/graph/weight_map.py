@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ def trace_weights(model: Any, module: nn.Module) -> WeightMap:
     # The timestep's biases hold the projection of its embedding, which an adaptor changes too.
     adaptable = _adaptable(module)
     for name, fold in folds.items():
-        if fold in ("timestep", "timesteps"):
+        if fold in ("timestep", "timesteps") and place_of(module, name).startswith("unet."):
             adaptable.add(name)
 
     weights: dict[str, MappedWeight] = {}
@@ -124,7 +125,7 @@ def _folds(module: nn.Module) -> Iterator[tuple[str, Fold]]:
     for prefix, part in module.named_modules():
         dot = f"{prefix}." if prefix else ""
         # At one timestep the fold is in the biases; a table of several has a module of its own.
-        if isinstance(part, UNet2DConditionModel) and isinstance(
+        if isinstance(part, UNet2DConditionModel | ControlNetModel) and isinstance(
             part.time_embedding, NoTimeEmbedding
         ):
             for name, block in part.named_modules():

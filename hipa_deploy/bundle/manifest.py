@@ -339,7 +339,7 @@ class DecoderInfo(Record):
 
     Attributes:
         kind: the model's own VAE ('full'), or an AutoencoderTiny ('tiny').
-        name: of its folder.
+        name: of its folder, or owner/name of its repository in the hub's cache.
         sha256: of its weights.
 
     """
@@ -358,6 +358,19 @@ class EncoderInfo(DecoderInfo):
     """
 
     adaptor_sha256: Text | None = None
+
+
+class ControlInfo(Record):
+    """The ControlNet whose blocks are added to the UNet's, of the task control.
+
+    Attributes:
+        name: of its folder, or owner/name of its repository in the hub's cache.
+        sha256: of its weights.
+
+    """
+
+    name: Text
+    sha256: Text
 
 
 Timestep = Annotated[int, Field(ge=0, le=1_000_000)]
@@ -523,6 +536,7 @@ class Manifest(Record):
         embeddings: words that were added to the text encoder.
         decoder: what decodes; None in older bundles.
         encoder: what encodes a source image; None for text to image.
+        control: the ControlNet of the task control; None, and left out of the file, for others.
         task: what an image is made from.
         strengths: an edit's, largest first, the first with the constants of ``one_step``.
         upscale: how many times larger super-resolution makes an image; None for other tasks.
@@ -550,6 +564,7 @@ class Manifest(Record):
     embeddings: tuple[EmbeddingInfo, ...] = ()
     decoder: DecoderInfo | None = None
     encoder: EncoderInfo | None = None
+    control: ControlInfo | None = None
     task: Task = "generate"
     strengths: tuple[Strength, ...] = Field(default=(), max_length=1000)
     upscale: int | None = Field(default=None, ge=1, le=64)
@@ -581,6 +596,8 @@ class Manifest(Record):
             raise ValueError("the safety checker stands among the stages")
         if bool(self.strengths) != (self.task == "edit"):
             raise ValueError(f"task {self.task} with {len(self.strengths)} strengths")
+        if bool(self.control) != (self.task == "control"):
+            raise ValueError(f"task {self.task} with the ControlNet {self.control}")
         if bool(self.upscale) != (self.task == "upscale"):
             raise ValueError(f"task {self.task} with upscale = {self.upscale}")
 
@@ -598,11 +615,13 @@ class Manifest(Record):
         """The text of ``hipa.json``.
 
         A bundle that does not refine has no field of that: versions before it read it too. So it
-        is with the widths of several text encoders.
+        is with the widths of several text encoders, and with a ControlNet.
         """
         without = set()
         if not self.refine:
             without.add("refine")
         if not self.text_widths:
             without.add("text_widths")
+        if not self.control:
+            without.add("control")
         return self.model_dump_json(indent=2, exclude=without) + "\n"

@@ -23,7 +23,7 @@ from hipa_deploy.commands.demo import demo
 from hipa_deploy.commands.doctor import doctor
 from hipa_deploy.commands.evaluate import evaluate
 from hipa_deploy.commands.export import export
-from hipa_deploy.commands.from_image import edit, inpaint, upscale
+from hipa_deploy.commands.from_image import control, edit, inpaint, upscale
 from hipa_deploy.commands.generate import generate
 from hipa_deploy.commands.profile import profile, profile_compare, profile_table
 from hipa_deploy.commands.train import train
@@ -150,6 +150,7 @@ _register(generate, IMAGES)
 _register(edit, IMAGES)
 _register(inpaint, IMAGES)
 _register(upscale, IMAGES)
+_register(control, IMAGES)
 _register(serve, IMAGES)
 _register(triton, IMAGES)
 _register(bulk, IMAGES)

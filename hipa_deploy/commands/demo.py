@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from hipa_deploy.commands.options import Task, console
+from hipa_deploy.commands.options import console
 from hipa_deploy.errors import HipaError
 from hipa_deploy.extras import require
 
@@ -27,11 +27,11 @@ def demo(
         ),
     ] = False,
     task: Annotated[
-        Task,
+        Literal["generate", "edit", "inpaint", "upscale"],
         typer.Option(
             help="generate trains an adaptor; edit, inpaint and upscale use the included ones."
         ),
-    ] = Task.generate,
+    ] = "generate",
 ) -> None:
     """Run everything on the small included model: train, export, compile, generate, measure.
 
@@ -42,15 +42,15 @@ def demo(
 
         check_folder(out)
     require("train", "export")
-    if task is not Task.generate:
+    if task != "generate":
         if quick:
             raise HipaError(
-                f"--quick shortens the training, but the {task.value} demo trains nothing. "
+                f"--quick shortens the training, but the {task} demo trains nothing. "
                 "Leave --quick out."
             )
         from hipa_deploy.demo.task_demo import run_task_demo
 
-        run_task_demo(task.value, out, console=console)
+        run_task_demo(task, out, console=console)
         return
 
     from hipa_deploy.demo.training_demo import run_demo

@@ -125,6 +125,14 @@ def export(
             "by default those that the adaptor was trained for."
         ),
     ] = None,
+    controlnet: Annotated[
+        list[str] | None,  # one: a second is refused, not taken in its place
+        typer.Option(
+            metavar="CONTROLNET",
+            help="Task control: the ControlNet that reads control images, for hipa-control. A "
+            "ControlNetModel folder, a file such as control_v11p_sd15_canny.pth, or a hub id.",
+        ),
+    ] = None,
     encoder: Annotated[
         str,
         typer.Option(
@@ -198,10 +206,13 @@ def export(
     results agree. The bundle runs without PyTorch.
     """
     require("export")
-    from hipa_deploy.models.locate import check_model_name
+    from hipa_deploy.models.locate import check_controlnet_name, check_model_name
     from hipa_deploy.models.style import parse_style
 
     check_model_name(model)
+    control = _only_controlnet(controlnet)
+    if control is not None:
+        check_controlnet_name(control)
     if swap_for is not None:
         others_are_default = (
             dtype is Precision.fp16
@@ -232,8 +243,8 @@ def export(
         if not others_are_default:
             raise HipaError(
                 "--swap-for takes --model, --config, --vae, --adaptor, --adaptor-scale, "
-                "--one-step, --lora, --embedding, --decoder, --sign and --out; the bundle decides "
-                "everything else. Leave the other options out."
+                "--one-step, --lora, --embedding, --decoder, --controlnet, --sign and --out; the "
+                "bundle decides everything else. Leave the other options out."
             )
         style = parse_style(lora, embedding)
         _export_swap(
@@ -245,6 +256,7 @@ def export(
             one_step,
             style,
             decoder,
+            control,
             swap_for,
             out,
             sign,
@@ -264,7 +276,12 @@ def export(
     from hipa_deploy.export.graph.axes import parse_axes
     from hipa_deploy.export.task import parse_strengths
     from hipa_deploy.marks.records import parse_marks
-    from hipa_deploy.models.locate import resolve_decoder, resolve_encoder, unpacked
+    from hipa_deploy.models.locate import (
+        resolve_controlnet,
+        resolve_decoder,
+        resolve_encoder,
+        unpacked,
+    )
 
     marks, safety = parse_marks(mark or [])
     options = ExportOptions(
@@ -301,6 +318,7 @@ def export(
         model=model,
         decoder=resolve_decoder(decoder, model),
         encoder=resolve_encoder(encoder, model),
+        controlnet=resolve_controlnet(control, model) if control is not None else None,
     )
     check_request(options)
     if choice is not None:
@@ -343,6 +361,27 @@ def export(
     typer.echo(out)
 
 
+def _only_controlnet(given: list[str] | None) -> str | None:
+    """The value of ``--controlnet``; None where it is not given.
+
+    Of other options the last one counts. Several ControlNets at once are a known use, of which
+    one would be lost.
+
+    Raises:
+        HipaError: it is given more than once.
+
+    """
+    if not given:
+        return None
+    if len(given) > 1:
+        times = "twice" if len(given) == 2 else f"{len(given)} times"
+        raise HipaError(
+            f"--controlnet is given {times}: {', '.join(given)}. A bundle holds one ControlNet "
+            "only. Leave out the others, or export a bundle with each."
+        )
+    return given[0]
+
+
 def _choose_for(
     target: str, context: typer.Context, layout: Layout, build: EngineBackend | None
 ) -> TargetChoice:
@@ -383,6 +422,7 @@ def _export_swap(
     one_step: str | None,
     style: Style,
     decoder: str,
+    controlnet: str | None,
     bundle: Path,
     out: Path,
     signing_key: Path | None,
@@ -391,7 +431,7 @@ def _export_swap(
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
     from hipa_deploy.export.export_request import SwapOptions, check_swap_request
-    from hipa_deploy.models.locate import resolve_decoder, unpacked
+    from hipa_deploy.models.locate import resolve_controlnet, resolve_decoder, unpacked
     from hipa_deploy.models.lora.early_lora import check_before_model
 
     if adaptor is None and not style.loras:
@@ -417,6 +457,7 @@ def _export_swap(
         out=out,
         decoder=resolve_decoder(decoder, model),
         one_step=one_step,
+        controlnet=resolve_controlnet(controlnet, model) if controlnet else None,
         signing_key=signing_key,
     )
     check_swap_request(options)

@@ -1,4 +1,4 @@
-"""The commands that make an image from an image: ``hipa-edit``, ``-inpaint``, ``-upscale``."""
+"""The commands that make images from an image: ``hipa-edit``, ``hipa-inpaint`` and so on."""
 
 from __future__ import annotations
 
@@ -193,6 +193,82 @@ def inpaint(
     source = inpaint_source(
         opened, image, mask, feather=feather, match=match, height=height, width=width
     )
+    check_image_size(files, opened, source, paths)
+    _generate_from(
+        bundle,
+        source,
+        prompts,
+        paths,
+        out=out,
+        seed=seed,
+        count=count,
+        adaptor=adaptor,
+        backend=backend,
+        truncate=truncate,
+        prompt_weights=prompt_weights,
+        verify=verify,
+        cache=cache,
+        low_memory=low_memory,
+        files=files,
+        force=force,
+    )
+
+
+def control(
+    bundle: BundleArgument,
+    image: Annotated[
+        Path,
+        typer.Argument(
+            help="The control image, as the ControlNet was trained to see: edges, depth, a pose."
+        ),
+    ],
+    prompts: PromptsArgument,
+    scale: Annotated[
+        float,
+        typer.Option(help="How strongly the image is followed, 0 to 2; 1 is as trained."),
+    ] = 1.0,
+    out: OutOption = None,
+    seed: SeedOption = 0,
+    count: CountOption = 1,
+    height: HeightOption = None,
+    width: WidthOption = None,
+    adaptor: AdaptorOption = None,
+    backend: BackendOption = "auto",
+    truncate: TruncateOption = False,
+    prompt_weights: PromptWeightsOption = None,
+    verify: VerifyOption = False,
+    cache: CacheOption = True,
+    low_memory: LowMemoryOption = False,
+    format: FormatOption = None,
+    quality: QualityOption = None,
+    watermark: WatermarkOption = None,
+    c2pa: C2paOption = None,
+    force: ForceOption = False,
+) -> None:
+    """Make an image that follows a control image, in one step.
+
+    Needs a bundle with a ControlNet, such as hipa-export --controlnet FOLDER writes. The control
+    image is cropped at its centre and scaled to the bundle's size, and is not changed otherwise.
+    """
+    from hipa_deploy.images.source import control_source
+
+    paths = _outputs(
+        bundle,
+        out,
+        prompts,
+        [image],
+        count=count,
+        seed=seed,
+        force=force,
+        backend=backend,
+        adaptor=adaptor,
+        format=format,
+        truncate=truncate,
+        prompt_weights=prompt_weights,
+    )
+    opened = _open(bundle)
+    files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
+    source = control_source(opened, image, scale=scale, height=height, width=width)
     check_image_size(files, opened, source, paths)
     _generate_from(
         bundle,

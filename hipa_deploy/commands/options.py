@@ -36,6 +36,7 @@ class Task(str, Enum):
     edit = "edit"
     inpaint = "inpaint"
     upscale = "upscale"
+    control = "control"
 
 
 class EngineBackend(str, Enum):

@@ -189,6 +189,9 @@ def _source(reference: Reference, bundle: Bundle) -> Source | None:
     task = bundle.manifest.task
     if task == "generate":
         return None
+    if task == "control":
+        scale = float(_tensor(reference, "control_scale", bundle)[0])
+        return Source(task, _tensor(reference, "control", bundle)[0], scale=scale)
     mask_1hw = _tensor(reference, "mask", bundle)[0] if task == "inpaint" else None
     step = 0 if "step" in reference.tensors else None
     return Source(task, _tensor(reference, "image", bundle)[0], mask_1hw, step)

@@ -16,6 +16,7 @@ from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.export_request import BYTES, early_model
 from hipa_deploy.export.task import asked_size, choose_task
 from hipa_deploy.models.weights.early_check import known_shapes
+from hipa_deploy.tasks import takes_source
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 DECODER_PARTS = ("decoder.", "post_quant_conv.")
@@ -26,6 +27,7 @@ TIME_PARTS = ("time_embedding.", "time_emb_proj.")
 # first level, and for each pixel and channel of the decoder's last level. These are the graphs of
 # SD 1.5 and SD 2.1 at both of their sizes, with fused attention (docs/memory.json).
 UNET_VALUES = 20
+CONTROL_VALUES = 6  # more with a ControlNet beside the UNet, of SD 1.5's graph
 DECODER_VALUES = 8
 
 
@@ -55,12 +57,15 @@ def predicted_sizes(options: ExportOptions) -> tuple[StageSize, ...] | None:
     scale = step.height * step.width // math.prod(step.latent_shape[1:])
     wide = BYTES[options.dtype]
 
-    weights = _weights(options, model.folder, settings.task != "generate", wide)
+    weights = _weights(options, model.folder, takes_source(settings.task), wide)
     if weights is None:
         return None
     unet_channels = model.config.unet["block_out_channels"][0]
+    unet_values = UNET_VALUES
+    if options.controlnet is not None:
+        unet_values += CONTROL_VALUES
     activations = {
-        "unet": UNET_VALUES * unet_channels * (pixels // scale) * wide,
+        "unet": unet_values * unet_channels * (pixels // scale) * wide,
         DECODER_STAGE: DECODER_VALUES * model.config.vae["block_out_channels"][0] * pixels * wide,
     }
     for part in TEXT_PARTS:
@@ -103,12 +108,26 @@ def _weights(
         numbers["vae_encoder"] = _count(vae, ENCODER_PARTS)
     unet = known_shapes(folder / "unet")
     if unet is not None and options.layout == "onestep":
-        unet = {name: unet[name] for name in unet if not any(part in name for part in TIME_PARTS)}
+        unet = _without_time(unet)
     numbers["unet"] = _count(unet)
+    if options.controlnet is not None:
+        controlnet = known_shapes(options.controlnet)
+        if controlnet is None:
+            return None
+        numbers["unet"] += _count(_without_time(controlnet))
     numbers[DECODER_STAGE] = _count(vae, DECODER_PARTS)
     if min(numbers.values()) < 0:
         return None
     return {stage: -(-count * wide >> 20) for stage, count in numbers.items()}
+
+
+def _without_time(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The weights of a network whose timestep is folded."""
+    kept = {}
+    for name, shape in shapes.items():
+        if not any(part in name for part in TIME_PARTS):
+            kept[name] = shape
+    return kept
 
 
 def _count(shapes: dict[str, tuple[int, ...]] | None, starts: tuple[str, ...] = ("",)) -> int:

@@ -30,7 +30,7 @@ from hipa_deploy.generate.stages import (
     spared_by,
     taken_names,
 )
-from hipa_deploy.tasks import unet_inputs
+from hipa_deploy.tasks import takes_source, unet_inputs
 
 if TYPE_CHECKING:
     from hipa_deploy.engines.backends.compiled_cache import CompiledStage
@@ -146,7 +146,7 @@ def check_stages(bundle: Bundle) -> None:
     manifest = bundle.manifest
     known = set(_text_inputs(bundle))
     known |= set(unet_inputs(manifest.task, len(manifest.strengths))) - {"source", "context"}
-    if manifest.task != "generate":
+    if takes_source(manifest.task):
         known.add("image")
     generic = manifest.layout == "generic"
     pair = bool(manifest.text_widths)

@@ -28,7 +28,7 @@ from hipa_deploy.generate.refine.refiner import Progress, refine_settings
 from hipa_deploy.generate.request import check_count, check_prompts, listed
 from hipa_deploy.generate.stages import Timer
 from hipa_deploy.images.read import ImageSource
-from hipa_deploy.images.source import Source, edit_source, inpaint_source
+from hipa_deploy.images.source import Source, control_source, edit_source, inpaint_source
 from hipa_deploy.marks.safety import Checker
 
 __all__ = ["DEFAULT_FEATHER", "GenerateResult", "OneStepPipeline"]
@@ -128,8 +128,8 @@ class OneStepPipeline(BatchPipeline):
 
         Args:
             prompt: one prompt, or several.
-            source: what a task makes the images from; ``edit``, ``inpaint`` and ``upscale`` make
-                it.
+            source: what a task makes the images from; ``edit``, ``inpaint``, ``upscale`` and
+                ``control`` make it.
             seed: of the first image, in [0, 2**63).
             count: images a prompt; at most 10,000 images in all.
             height: pixels; None is the bundle's own size, or that of ``source``.
@@ -389,6 +389,41 @@ class OneStepPipeline(BatchPipeline):
         source = inpaint_source(
             self.bundle, image, mask, feather=feather, match=match, height=height, width=width
         )
+        return self(prompt, source=source, **options)
+
+    def control(
+        self,
+        image: ImageSource,
+        prompt: str | Sequence[str],
+        *,
+        scale: float = 1.0,
+        height: int | None = None,
+        width: int | None = None,
+        **options: Any,
+    ) -> GenerateResult:
+        """Make images that follow a control image, with the bundle's ControlNet.
+
+        Args:
+            image: a path, a Pillow image or an array, as the ControlNet was trained to see: edges,
+                depth, a pose. It is cropped and scaled to the bundle's size, and not changed
+                otherwise.
+            prompt: what the images show.
+            scale: how strongly the image is followed, 0 to 2; diffusers'
+                ``controlnet_conditioning_scale``.
+            height: pixels; None is the bundle's own size.
+            width: pixels; None is the bundle's own size.
+            options: ``seed``, ``count``, ``truncate``, ``prompt_weights`` and ``timer``, as a call
+                takes them.
+
+        Raises:
+            HipaError: as a call does; no image; or a scale out of range.
+
+        Example:
+            >>> pipe = OneStepPipeline.load("canny-bundle")
+            >>> pipe.control("edges.png", "a house by the sea", scale=0.8, seed=1)
+
+        """
+        source = control_source(self.bundle, image, scale=scale, height=height, width=width)
         return self(prompt, source=source, **options)
 
     def upscale(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-IMAGE_COMMANDS = ("generate", "edit", "inpaint", "upscale")
+IMAGE_COMMANDS = ("generate", "edit", "inpaint", "upscale", "control")
 
 _ONE_STEP = (
     "One step, always: the adaptor taught the model to make an image in one. "

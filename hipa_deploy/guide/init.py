@@ -34,7 +34,9 @@ def init(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(help="What to make images from: generate | edit | inpaint | upscale."),
+        typer.Option(
+            help="What to make images from: generate | edit | inpaint | upscale | control."
+        ),
     ] = None,
     prefer: Annotated[
         str | None,

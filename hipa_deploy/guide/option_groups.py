@@ -11,6 +11,7 @@ _GROUPS = {
     "Model": (
         *("--model", "--config", "--vae", "--adaptor", "--adaptor-scale", "--from", "--lora"),
         *("--embedding", "--one-step", "--decoder", "--encoder", "--rival"),
+        "--controlnet",
         "--with-teacher",
     ),
     "Prompts": (
@@ -25,6 +26,7 @@ _GROUPS = {
             "--feather",
             "--match",
             "--overlap",
+            "--scale",
             "--seed",
             "--count",
         ),

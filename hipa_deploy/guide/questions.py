@@ -90,6 +90,7 @@ QUESTIONS = (
             "edit": "an image and a prompt",
             "inpaint": "an image, a mask and a prompt",
             "upscale": "a small image",
+            "control": "edges, depth or a pose for a ControlNet, and a prompt",
         },
     ),
     Question(

@@ -11,6 +11,7 @@ NONE = "none"
 BUNDLE = "my-bundle"
 TRAINED = "my-adaptor"
 CAPTIONS = "captions.txt"
+CONTROLNET = "my-controlnet"
 
 # A command is a list of words, or a line for the shell that is no command of ours.
 Command = list[str] | str
@@ -39,6 +40,11 @@ class Answers:
     def backend(self) -> str:
         """What runs the models."""
         return _BACKENDS.get(self.device, "tensorrt")
+
+    @property
+    def trained_task(self) -> str:
+        """What the adaptor is trained for: a ControlNet guides one that generates."""
+        return "generate" if self.task == "control" else self.task
 
     @property
     def prompt(self) -> str:
@@ -90,10 +96,11 @@ def _install_for_export(answers: Answers) -> Step:
 def _training(answers: Answers) -> Step:
     command = ["hipa-train", "--model", answers.model, "--out", TRAINED]
     if answers.model == EMOJI:
-        suffix = "" if answers.task == "generate" else f"-{answers.task}"
+        task = answers.trained_task
+        suffix = "" if task == "generate" else f"-{task}"
         title = "Train an adaptor; this takes hours on a CPU"
         return Step(title, ([*command, "--recipe", f"emoji{suffix}"],))
-    if answers.task != "generate":
+    if answers.trained_task != "generate":
         title = (
             f"Train an adaptor for {answers.task}: copy train/recipes/emoji-{answers.task}.toml "
             "and sd15.toml into a recipe of your own first (docs/how-to/from-an-image.md)"
@@ -112,10 +119,12 @@ def _training(answers: Answers) -> Step:
 
 def _export(answers: Answers) -> Step:
     adaptor = TRAINED if answers.adaptor == NONE else answers.adaptor
-    if adaptor == EMOJI and answers.task != "generate":
+    if adaptor == EMOJI and answers.trained_task != "generate":
         adaptor = f"{EMOJI}-{answers.task}"
     command = ["hipa-export", "--model", answers.model, "--adaptor", adaptor]
     command += ["--task", answers.task, "--out", BUNDLE]
+    if answers.task == "control":
+        command += ["--controlnet", CONTROLNET]
 
     if answers.on_jetson:
         command += ["--for", answers.device]
@@ -131,6 +140,8 @@ def _export(answers: Answers) -> Step:
     if answers.prefer == "memory":
         command += ["--prompts", "prompts.txt"]
         title += "; prompts.txt has every prompt that the device will ever draw, one a line"
+    if answers.task == "control":
+        title += f"; {CONTROLNET} is a ControlNet of the model's family (docs/how-to/controlnet.md)"
     if adaptor.endswith(".safetensors"):
         title += ". For a LoRA of others add --one-step METHOD (hipa export --help)"
     return Step(title, (command,))
@@ -165,6 +176,7 @@ def _images(answers: Answers) -> Step:
         "edit": ["photo.png", answers.prompt],
         "inpaint": ["photo.png", "mask.png", answers.prompt],
         "upscale": ["small.png"],
+        "control": ["edges.png", answers.prompt],
     }
     command = [*verb, *inputs[answers.task], "--backend", answers.backend, "--out", "image.png"]
     return Step("The first image", (command,))

@@ -37,6 +37,10 @@ EXAMPLES = {
         "hipa-upscale my-bundle small.png --out large.png",
         'hipa-upscale my-bundle small.png "a brick wall" --overlap 16',
     ),
+    "control": (
+        'hipa-control my-bundle edges.png "a house by the sea"',
+        'hipa-control my-bundle depth.png "a castle of sand" --scale 0.7 --count 4 --out castles',
+    ),
     "serve": (
         "hipa-serve emoji",
         "hipa-serve my-bundle --host 0.0.0.0 --api-keys keys.txt --allow-host gpu-box",

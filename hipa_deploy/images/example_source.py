@@ -13,6 +13,7 @@ from hipa_deploy.images.png import enlarge
 from hipa_deploy.images.source import Source
 from hipa_deploy.tasks import Task
 
+EXAMPLE_SCALE = 0.8  # of control: at 1 a network that ignores it would look right
 _RED = (214, 48, 49)
 _BLUE = (9, 60, 132)
 
@@ -32,6 +33,9 @@ def example_source(bundle: Bundle, number: int = 0) -> Source | None:
     step = manifest.one_step
     if manifest.task == "generate":
         return None
+    if manifest.task == "control":
+        control_HWC = example_image(step.height, step.width, number)
+        return Source("control", control_HWC, scale=EXAMPLE_SCALE)
     factor = step.height // step.latent_shape[1]
     upscale = manifest.upscale or 1
     inputs = example_inputs(manifest.task, step.height, step.width, factor, upscale, number)
@@ -59,10 +63,13 @@ def example_inputs(
         number: every number gives another image.
 
     Returns:
-        'image' uint8 [H, W, 3]; for inpainting also 'mask' float32 [1, h, w].
+        'image' uint8 [H, W, 3]; for inpainting also 'mask' float32 [1, h, w]; for control
+        'control' uint8 [H, W, 3] and 'control_scale' float32 [] in their place.
 
     """
     image_HWC = example_image(height, width, number)
+    if task == "control":
+        return {"control": image_HWC, "control_scale": np.asarray(EXAMPLE_SCALE, np.float32)}
     if task == "upscale":
         # Take every n-th pixel, then enlarge: as blurred as an image that is to be enlarged is.
         small_HWC = image_HWC[::upscale, ::upscale]

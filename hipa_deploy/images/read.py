@@ -85,19 +85,70 @@ def read_image(source: ImageSource) -> np.ndarray:
         image = _eight_bits(strip, "image", levels_16)
         if space is not None and not _is_deep_grey(strip):
             image = to_srgb(image, space, name)
-        pixels_HWC[rows] = np.asarray(_over_white(image))
+        pixels_HWC[rows] = np.asarray(_over(_plain_alpha(image), "white"))
     return pixels_HWC
 
 
-def _over_white(image: Image.Image) -> Image.Image:
-    """An 8-bit image of any mode as RGB, its transparent pixels over white."""
+def read_control(source: ImageSource) -> np.ndarray:
+    """Read any image as a control image, 8-bit RGB: its numbers are data, as those of a mask.
+
+    What the file says about colours is ignored. Transparent pixels are shown over black, which is
+    where nothing is for edges, depth and poses alike.
+
+    Args:
+        source: as for ``read_image``.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        HipaError: as for ``read_image``.
+
+    Warns:
+        HipaWarning: some pixels are transparent.
+
+    Example:
+        >>> read_control(np.zeros((480, 640), np.uint8)).shape
+        (480, 640, 3)
+
+    """
+    upright, _ = _as_pillow(source, "image", None)
+    pixels_HWC = np.empty((upright.height, upright.width, 3), np.uint8)
+    least_alpha = 255
+    for rows, strip in _strips(upright):
+        image = _plain_alpha(_eight_bits(strip, "image"))
+        least_alpha = min(least_alpha, _least_alpha(image))
+        pixels_HWC[rows] = np.asarray(_over(image, "black"))
+    if least_alpha < 255:
+        name = (
+            f"image {os.fspath(source)}" if isinstance(source, str | os.PathLike) else "the image"
+        )
+        warnings.warn(
+            f"{name} has transparent pixels, which count as black for a ControlNet.",
+            HipaWarning,
+            stacklevel=2,
+        )
+    return pixels_HWC
+
+
+def _plain_alpha(image: Image.Image) -> Image.Image:
+    """An 8-bit image with transparency of any kind as RGBA; another one as it is."""
     if image.mode in ("La", "RGBa"):  # premultiplied alpha: "RGBA" is the plain one
         image = image.convert(image.mode.upper())
     # A key colour (GIF, PNG) and a palette with alpha are transparency too; convert("RGBA") turns
     # them into alpha.
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGBA") if image.has_transparency_data else image
+
+
+def _least_alpha(image: Image.Image) -> int:
+    """The least opaque pixel of what ``_plain_alpha`` gives; 255 without transparency."""
+    return int(np.asarray(image.getchannel("A")).min()) if image.mode == "RGBA" else 255
+
+
+def _over(image: Image.Image, ground: str) -> Image.Image:
+    """What ``_plain_alpha`` gives as RGB, its transparent pixels over a colour."""
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
 
 
@@ -132,11 +183,8 @@ def read_mask(source: ImageSource) -> np.ndarray:
     least_alpha = 255
     for rows, strip in _strips(upright):
         image = _eight_bits(strip, "mask")
-        if image.mode in ("La", "RGBa"):
-            image = image.convert(image.mode.upper())
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            least_alpha = min(least_alpha, int(np.asarray(image.getchannel("A")).min()))
+        image = _plain_alpha(image)
+        least_alpha = min(least_alpha, _least_alpha(image))
         # Through RGB, because Pillow converts not every mode to "L" directly.
         mask_HW[rows] = np.asarray(image.convert("RGB").convert("L")) >= 128
     if least_alpha < 128:

@@ -1,4 +1,4 @@
-"""Source images of the tasks edit, inpaint and upscale: a user's image as input of the stages.
+"""Source images of the tasks edit, inpaint, upscale and control: a user's image for the stages.
 
 A ``Source`` also knows how to turn the images of the stages into the user's result.
 
@@ -25,6 +25,7 @@ from hipa_deploy.images.read import (
     check_size,
     fit_image,
     fit_mask,
+    read_control,
     read_image,
     read_mask,
 )
@@ -41,7 +42,9 @@ _CALLS: dict[Task, str] = {
     "edit": "pipe.edit(image, prompt)",
     "inpaint": "pipe.inpaint(image, mask, prompt)",
     "upscale": "pipe.upscale(image)",
+    "control": "pipe.control(image, prompt)",
 }
+MAX_SCALE = 2.0  # of a control image; diffusers' pipelines are used with 0 to 1, seldom more
 
 
 def _unchanged(images_BHWC: np.ndarray) -> np.ndarray:
@@ -55,9 +58,11 @@ class Source:
 
     Attributes:
         task: the task that the source is for.
-        image_HWC: the image that the VAE encoder sees, uint8, at a size of the bundle.
+        image_HWC: the image that the VAE encoder or a ControlNet sees, uint8, at a size of the
+            bundle.
         mask_1hw: for inpainting, the mask on the latent grid, float32; 1 is repainted.
         step: index of the strength, where a bundle has several.
+        scale: of a control image, by which the ControlNet's outputs are multiplied.
         facts: entries for the generation parameters of the result.
         finish: turns the stages' images, uint8 [B, H, W, 3], into those of the user.
 
@@ -67,6 +72,7 @@ class Source:
     image_HWC: np.ndarray
     mask_1hw: np.ndarray | None = None
     step: int | None = None
+    scale: float | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[np.ndarray], np.ndarray] = _unchanged
 
@@ -209,6 +215,46 @@ def inpaint_source(
     )
 
 
+def control_source(
+    bundle: Bundle,
+    image: ImageSource,
+    *,
+    scale: float = 1.0,
+    height: int | None,
+    width: int | None,
+) -> Source:
+    """Prepare a control image: cropped and scaled to the bundle's size.
+
+    Its numbers are taken as they are, whatever the file says about colours: edges are drawn, depth
+    is estimated and poses are found by other programs. Transparent pixels count as black.
+
+    Args:
+        bundle: a bundle that was exported with a ControlNet.
+        image: a path, a Pillow image or an array, as the ControlNet was trained to see.
+        scale: 0 (the prompt alone) to 2; 1 is the ControlNet as it was trained.
+        height: of the result in pixels; None is the bundle's own height.
+        width: of the result in pixels; None is the bundle's own width.
+
+    Raises:
+        HipaError: the image cannot be read or is too small, the bundle is for another task or lacks
+            the size, or the scale is out of range.
+
+    """
+    require_task(bundle, "control")
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= scale <= MAX_SCALE:
+        raise HipaError(f"scale {brief(scale)} is out of range. Expected 0 to {MAX_SCALE:g}.")
+    original_HWC = read_control(image)
+    check_size(original_HWC, _pixels_per_latent(bundle))
+    return Source(
+        task="control",
+        image_HWC=_fitted(bundle, original_HWC, height, width),
+        scale=float(scale),
+        # No 'source': none of the control image's pixels is in the result. So it counts as made by
+        # a model, and not as a picture that was changed.
+        facts={"task": "control", "control": _sha256(original_HWC), "scale": float(scale)},
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Upscaling:
     """An image to enlarge, cut into tiles of the bundle's size.
@@ -324,13 +370,20 @@ def batch_inputs(sources: Sequence[Source]) -> dict[str, np.ndarray]:
 
     Returns:
         'image' uint8 [B, H, W, 3]; for inpainting 'mask' float32 [B, 1, h, w]; where the bundle
-        has several strengths 'step' int64 [1].
+        has several strengths 'step' int64 [1]. Of control images 'control' uint8 [B, H, W, 3] and
+        'control_scale' float32 [B].
 
     """
     if not sources:
         return {}
     # All sources of a batch are for one task and one strength: the first tells which inputs.
     first = sources[0]
+    if first.task == "control":
+        scales = [source.scale for source in sources]
+        return {
+            "control": np.stack([source.image_HWC for source in sources]),
+            "control_scale": np.asarray(scales, np.float32),
+        }
     inputs = {"image": np.stack([source.image_HWC for source in sources])}
     masks = [source.mask_1hw for source in sources if source.mask_1hw is not None]
     if masks:
@@ -359,7 +412,8 @@ def trial_sources(bundle: Bundle, count: int) -> list[Source]:
         if manifest.task == "inpaint":
             mask_1hw = numbers.integers(0, 2, (1, *step.latent_shape[1:])).astype(np.float32)
         number = 0 if len(manifest.strengths) > 1 else None
-        sources.append(Source(manifest.task, image_HWC, mask_1hw, number))
+        scale = 1.0 if manifest.task == "control" else None
+        sources.append(Source(manifest.task, image_HWC, mask_1hw, number, scale))
     return sources
 
 

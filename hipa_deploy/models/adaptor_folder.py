@@ -27,7 +27,7 @@ from hipa_deploy.models.weights.weight_identity import (
     weights_identity,
 )
 from hipa_deploy.record import Record
-from hipa_deploy.tasks import Task
+from hipa_deploy.tasks import TrainedTask
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ENCODER_WEIGHTS = "vae_encoder_lora.safetensors"  # only where the VAE encoder is adapted too
@@ -103,7 +103,7 @@ class AdaptorMetadata(Record):
     resolution: tuple[Pixels, Pixels]
     steps_trained: int = Field(ge=0)
     recipe: dict[str, Any]
-    task: Task = "generate"
+    task: TrainedTask = "generate"
     strengths: tuple[Strength, ...] = Field(default=(), max_length=100)
     upscale: int = Field(default=4, ge=2, le=8)
     initial_sha256: str | None = None

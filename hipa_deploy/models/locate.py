@@ -12,13 +12,20 @@ from hipa_deploy.embedded import DECODER, MODEL, NAME
 from hipa_deploy.errors import HipaError, HipaWarning, first_line
 from hipa_deploy.models.kind import PARTS, SECOND, check_pipeline, has_second_encoder
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.weights.hub_cache import HUB_PREFIX, repository_name
 from hipa_deploy.models.weights.part_config import read_config
-from hipa_deploy.models.weights.weight_file import LORA_FILES, SAFETENSORS
-from hipa_deploy.models.weights.weight_files import PRECISIONS, find_weights
+from hipa_deploy.models.weights.weight_file import LORA_FILES, PICKLED, SAFETENSORS
+from hipa_deploy.models.weights.weight_files import (
+    DIFFUSERS,
+    PRECISIONS,
+    file_to_load,
+    find_weights,
+    listed_names,
+)
 
 TINY = "tiny"
 INDEX = "model_index.json"
-HUB_PREFIX = "models--"  # of a repository's folder in the hub's cache
+CONFIG = "config.json"
 # The source of both: https://github.com/madebyollin/taesd. The second is for SDXL's latents.
 TAESD = "madebyollin/taesd"
 TAESDXL = "madebyollin/taesdxl"
@@ -47,6 +54,10 @@ def model_folder(
 
     """
     if vae is not None:
+        if not vae:
+            raise HipaError(
+                "--vae is empty. Expected a file of a VAE's weights, or an AutoencoderKL folder."
+            )
         from hipa_deploy.models.weights.other_vae import check_vae, with_vae
 
         # Before a checkpoint is converted, which takes minutes.
@@ -90,13 +101,24 @@ def check_model_name(name: str) -> None:
         HipaError: it is neither a path that exists nor a hub id.
 
     """
+    expected = (
+        "Expected a diffusers model folder, a checkpoint in one file, a hub id like owner/name, "
+        f"or {NAME}."
+    )
+    # An empty path is the current folder.
+    if not name:
+        raise HipaError(f"the name of the model is empty. {expected}")
     if Path(name).exists() or name == NAME:
         return
+    if not _may_be_on_hub(name):
+        raise HipaError(f"{name} does not exist. {expected}")
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether a name may be a hub id: it is no path, and not that of a file of weights."""
     if "/" not in name or name.startswith(("/", ".")):
-        raise HipaError(
-            f"{name} does not exist. Expected a diffusers model folder, a checkpoint in one file, "
-            f"a hub id like owner/name, or {NAME}."
-        )
+        return False
+    return Path(name).suffix.lower() not in (SAFETENSORS, *PICKLED)
 
 
 def model_name(name: str, folder: Path) -> str:
@@ -111,10 +133,9 @@ def model_name(name: str, folder: Path) -> str:
         'owner/name'
 
     """
-    # In the hub's cache a snapshot's own name is the hash of a commit.
-    for parent in (folder, *folder.absolute().parents):
-        if parent.name.startswith(HUB_PREFIX):
-            return parent.name.removeprefix(HUB_PREFIX).replace("--", "/", 1)
+    repository = repository_name(folder)
+    if repository is not None:
+        return repository
     return folder.resolve().name if Path(name).exists() else name
 
 
@@ -205,6 +226,46 @@ def _diffusers_folder(path: Path) -> Path:
     return folder
 
 
+def resolve_controlnet(name: str, model: str) -> Path:
+    """Return the diffusers folder for the value of ``--controlnet``.
+
+    Args:
+        name: a ControlNetModel folder, a file of a ControlNet's weights, or a hub id.
+        model: the base model, as for ``model_folder``.
+
+    Raises:
+        HipaError: there is no such folder or file and the hub does not provide it, or it is no
+            ControlNet of the model's family.
+
+    """
+    from hipa_deploy.models.weights.controlnet import controlnet_folder
+
+    path = Path(name)
+    if path.exists():
+        return controlnet_folder(_in_hub_cache(path), model_folder(model))
+    check_controlnet_name(name)
+    return controlnet_folder(_fetch(name, _download_controlnet), model_folder(model))
+
+
+def check_controlnet_name(name: str) -> None:
+    """Check that a ControlNet is there or may be on the hub; nothing is converted or fetched.
+
+    Raises:
+        HipaError: it is neither, or what is there is no ControlNet.
+
+    """
+    from hipa_deploy.models.weights.controlnet import check_there
+
+    # An empty path is the current folder.
+    if not name:
+        raise HipaError(
+            "--controlnet is empty. Expected a ControlNetModel folder, a file of a ControlNet's "
+            "weights, or a hub id like owner/name."
+        )
+    if Path(name).exists() or not _may_be_on_hub(name):
+        check_there(_in_hub_cache(Path(name)))
+
+
 def _in_hub_cache(path: Path) -> Path:
     """Return the snapshot of a repository's folder in the hub's cache; any other folder as it is.
 
@@ -292,6 +353,63 @@ def _lacks_weights(folder: Path) -> bool:
         except HipaError:
             return True
     return False
+
+
+def _download_controlnet(name: str) -> str:
+    """Download a ControlNet into the hub's cache, or find it there.
+
+    Repositories of ControlNets have pictures, and the same weights in several files: only those
+    that will be loaded are fetched.
+
+    Raises:
+        HipaError: the repository holds no ControlNet.
+        Exception: of the network or the hub.
+
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    from hipa_deploy.models.weights.controlnet import check_there
+
+    # First one small file: another network may have tens of gigabytes.
+    try:
+        folder = Path(hf_hub_download(name, CONFIG)).parent
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        raise HipaError(
+            f"{name} on the hub has no {CONFIG}, so it is no ControlNetModel folder. If it has a "
+            f"ControlNet in one file, run: hf download {name} FILE --local-dir . and give that "
+            "file."
+        ) from None
+    try:
+        check_there(folder)
+    except HipaError as error:
+        # Its words name the folder in the cache.
+        raise HipaError(str(error).replace(str(folder), name)) from None
+
+    chosen = file_to_load(_names_on_hub(name, folder))
+    if chosen is None:
+        raise HipaError(
+            f"{name} on the hub has no weights of a ControlNet: no {DIFFUSERS} that ends in "
+            ".safetensors or .bin. Give a repository that has them, or a folder."
+        )
+    file, is_index = chosen
+    path = Path(hf_hub_download(name, file))
+    if is_index:
+        for shard in listed_names(path):
+            hf_hub_download(name, shard)
+    return str(folder)
+
+
+def _names_on_hub(name: str, snapshot: Path) -> list[str]:
+    """The names of a repository's files; without a network those that are in the hub's cache."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(name)
+    except Exception:  # network and hub errors share no base class
+        return [path.name for path in snapshot.iterdir()]
 
 
 def _fetch(name: str, download: Callable[[str], str]) -> Path:

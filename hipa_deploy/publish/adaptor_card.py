@@ -37,6 +37,7 @@ EXAMPLES: dict[Task, str] = {
     "edit": 'hipa-edit my-bundle photo.png "a snowy street" --out image.png',
     "inpaint": 'hipa-inpaint my-bundle photo.png mask.png "an empty bench" --out image.png',
     "upscale": "hipa-upscale my-bundle small.png --out large.png",
+    "control": 'hipa-control my-bundle edges.png "a house by the sea" --out image.png',
 }
 
 

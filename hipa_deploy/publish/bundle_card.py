@@ -80,6 +80,8 @@ def _other_licences(manifest: Manifest) -> str:
     names += [embedding.name for embedding in manifest.embeddings]
     if manifest.adaptor is not None and manifest.one_step.method is not None:
         names.insert(0, manifest.adaptor.name)
+    if manifest.control is not None:
+        names.append(manifest.control.name)
     if not names:
         return ""
     listed = ", ".join(dict.fromkeys(names))  # one may be merged twice
@@ -117,6 +119,8 @@ def _origin(manifest: Manifest, base: BaseModel) -> dict[str, object]:
     for name, part in (("decoder", manifest.decoder), ("encoder", manifest.encoder)):
         if part is not None:
             rows[name] = f"{part.kind} ({part.name}), `{part.sha256}`"
+    if manifest.control is not None:
+        rows["ControlNet"] = f"{manifest.control.name}, `{manifest.control.sha256}`"
     step = manifest.one_step
     rows["the step"] = f"timestep {step.timestep}, {step.prediction_type}"
     if step.method is not None:

@@ -14,6 +14,7 @@ PIPELINE_TAGS = {
     "edit": "image-to-image",
     "inpaint": "image-to-image",
     "upscale": "image-to-image",
+    "control": "image-to-image",
 }
 PROJECT = "hipa-deploy"
 

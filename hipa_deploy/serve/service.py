@@ -23,7 +23,13 @@ from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.generate.jobs.result import finished_result, merge_tiles
 from hipa_deploy.generate.jobs.withheld import Flagged
 from hipa_deploy.generate.pipeline import DEFAULT_FEATHER, OneStepPipeline
-from hipa_deploy.images.source import Source, Upscaling, edit_source, inpaint_source
+from hipa_deploy.images.source import (
+    Source,
+    Upscaling,
+    control_source,
+    edit_source,
+    inpaint_source,
+)
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.marks.marker import encode_marked, require_signer
 from hipa_deploy.serve.batcher import Batcher, Work
@@ -57,10 +63,11 @@ class Order:
         model: a bundle, perhaps with another adaptor.
         prompt: what the images show.
         seeds: one an image.
-        image: the uploaded source image; None to make images from text.
+        image: the uploaded source or control image; None to make images from text.
         mask: the uploaded mask, white where the image is repainted.
         alpha_mask: the mask is in the alpha channel of ``mask``, or of ``image`` without one.
         strength: of an edit; None is the bundle's largest.
+        scale: how strongly a control image is followed, 0 to 2.
         feather: of an inpainting, in pixels.
         match: of an inpainting: the new part's colours are shifted to meet those around it.
         overlap: of an upscaling, in pixels; None is the default.
@@ -81,6 +88,7 @@ class Order:
     mask: Uploaded | None = field(default=None, repr=False)
     alpha_mask: bool = False
     strength: float | None = None
+    scale: float = 1.0
     feather: int = DEFAULT_FEATHER
     match: bool = True
     overlap: int | None = None
@@ -372,6 +380,11 @@ def _jobs_from_image(
     if task == "edit":
         source = edit_source(
             pipe.bundle, image, strength=order.strength, height=order.height, width=order.width
+        )
+        return _jobs(pipe, order, source), None
+    if task == "control":
+        source = control_source(
+            pipe.bundle, image, scale=order.scale, height=order.height, width=order.width
         )
         return _jobs(pipe, order, source), None
     uploaded = image if order.mask is None else open_upload(order.mask, "mask", limits.pixels)

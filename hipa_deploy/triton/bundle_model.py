@@ -19,6 +19,7 @@ from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.runner import ClosesAtExit, Runner, check_inputs, check_outputs
 from hipa_deploy.generate.stages import host_stages
 from hipa_deploy.marks.safety import SAFETY_STAGE
+from hipa_deploy.triton.triton_config import largest_batch
 
 Infer = Callable[[str, Mapping[str, np.ndarray], Sequence[str]], dict[str, np.ndarray]]
 """Runs a model: its name, inputs by name, and the outputs that are wanted."""
@@ -44,12 +45,19 @@ class RemoteStage(ClosesAtExit):
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Run it; what goes in and comes out is checked against the manifest."""
         sizes = check_inputs(self.spec, inputs)
-        outputs = self._infer(self._model, inputs, [tensor.name for tensor in self.spec.outputs])
+        batched = largest_batch(self.spec) > 0
+        sent = {name: _column(value) if batched else value for name, value in inputs.items()}
+        outputs = self._infer(self._model, sent, [tensor.name for tensor in self.spec.outputs])
         check_outputs(self.spec, outputs, sizes)
         return outputs
 
     def close(self) -> None:
         """Nothing is held here."""
+
+
+def _column(value: np.ndarray) -> np.ndarray:
+    """One number an image, [B], as the stage's configuration has it: [B, 1]. Others stay."""
+    return value[:, None] if value.ndim == 1 else value
 
 
 class BundleModel:
@@ -94,15 +102,17 @@ class BundleModel:
         image_HWC: np.ndarray | None = None,
         mask_HW: np.ndarray | None = None,
         strength: float | None = None,
+        scale: float | None = None,
     ) -> GenerateResult:
         """Make one image; checked, and watermarked if the bundle's owner wants it.
 
         Args:
             prompt: what it shows.
             seed: in [0, 2**63).
-            image_HWC: uint8 [H, W, 3], of the tasks edit, inpaint and upscale.
+            image_HWC: uint8 [H, W, 3], of the tasks edit, inpaint, upscale and control.
             mask_HW: uint8 [H, W], of the task inpaint; 255 is repainted.
             strength: of an edit; None is the bundle's largest.
+            scale: how strongly a control image is followed, 0 to 2; None is 1.
 
         Returns:
             One image.
@@ -123,6 +133,9 @@ class BundleModel:
                 raise HipaError("this bundle is to inpaint. Expected an input 'mask'.")
             mask = Image.fromarray(mask_HW)
             result = self._pipe.inpaint(image_HWC, mask, prompt, seed=seed)
+        elif task == "control":
+            scale = 1.0 if scale is None else scale
+            result = self._pipe.control(image_HWC, prompt, scale=scale, seed=seed)
         else:
             result = self._pipe.upscale(image_HWC, prompt)
         return shown(result)

@@ -18,7 +18,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.triton.bundle_model import BundleModel
 
 _DRAWN_SEEDS = 2**53  # as hipa-serve draws them
-_INPUTS = ("prompt", "seed", "image", "mask", "strength")
+_INPUTS = ("prompt", "seed", "image", "mask", "strength", "scale")
 
 
 class TritonPythonModel:
@@ -46,6 +46,7 @@ class TritonPythonModel:
                 given.get("image"),
                 given.get("mask"),
                 _number(given, "strength"),
+                _number(given, "scale"),
             )
         except (HipaError, UnicodeDecodeError) as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
@@ -69,7 +70,11 @@ def _arrays(request: Any) -> dict[str, np.ndarray]:
 
 def _number(given: Mapping[str, np.ndarray], name: str) -> Any:
     """An input of one number; None where the request has none."""
-    return given[name].reshape(-1)[0].item() if name in given else None
+    if name not in given:
+        return None
+    value = given[name].reshape(-1)[0]
+    # 0.8 as float32 is 0.800000011920929. The image's parameters have the number that was sent.
+    return float(str(value)) if isinstance(value, np.floating) else value.item()
 
 
 def _infer(

@@ -34,6 +34,7 @@ _EXTRA_INPUTS: dict[Task, tuple[tuple[str, str, str, bool], ...]] = {
     "edit": (_IMAGE, ("strength", "TYPE_FP32", "[ 1 ]", True)),
     "inpaint": (_IMAGE, ("mask", "TYPE_UINT8", "[ -1, -1 ]", False)),
     "upscale": (_IMAGE,),
+    "control": (_IMAGE, ("scale", "TYPE_FP32", "[ 1 ]", True)),
 }
 
 
@@ -57,7 +58,7 @@ def stage_config(
         The text of ``config.pbtxt``.
 
     """
-    largest = _largest_batch(spec)
+    largest = largest_batch(spec)
     parts = [f'name: "{name}"', *_platform(backend), f"max_batch_size: {largest}"]
     parts += [_tensor("input", tensor, largest > 0) for tensor in spec.inputs]
     parts += [_tensor("output", tensor, largest > 0) for tensor in spec.outputs]
@@ -109,7 +110,7 @@ def whole_config(name: str, bundle: Bundle, *, instances: int = 1) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _largest_batch(spec: StageSpec) -> int:
+def largest_batch(spec: StageSpec) -> int:
     """Triton's ``max_batch_size``; 0 where the batch is no axis of every tensor."""
     tensors = spec.inputs + spec.outputs
     if all(tensor.shape[:1] == (_BATCH,) for tensor in tensors):
@@ -126,7 +127,11 @@ def _platform(backend: Backend) -> Sequence[str]:
 def _tensor(edge: str, tensor: TensorSpec, batched: bool) -> str:
     shape = tensor.shape[1:] if batched else tensor.shape
     sizes = [-1 if isinstance(size, str) else size for size in shape]
-    return _block(edge, tensor.name, _TYPES[tensor.dtype], f"[ {', '.join(map(str, sizes))} ]")
+    dims = f"[ {', '.join(map(str, sizes))} ]"
+    if not sizes:
+        # One number an image. Triton takes no empty dims: it sees [B, 1], and the graph [B].
+        dims = "[ 1 ] reshape: { shape: [ ] }"
+    return _block(edge, tensor.name, _TYPES[tensor.dtype], dims)
 
 
 def _block(edge: str, name: str, kind: str, dims: str, *, optional: bool = False) -> str:

@@ -20,6 +20,8 @@ from hipa_deploy.models.adaptor_folder import WEIGHTS
 from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.style import EmbeddingChoice, Style
 from hipa_deploy.models.weights.weight_identity import weights_identity
+from tests.packaging import hub_cache
+from tests.tiny_controlnet import make_controlnet
 from tests.tiny_sdxl import FIRST_WIDTH, SECOND_WIDTH, make_sdxl
 
 
@@ -67,6 +69,22 @@ def test_tiny_parts_take_the_places_of_the_vae(model_dir: Path, tiny: Path) -> N
     assert isinstance(parts.decoder(), AutoencoderTiny)
     for info in (parts.encoder_info(), parts.decoder_info()):
         assert (info.kind, info.name, info.sha256) == ("tiny", "tiny", weights_identity(tiny))
+
+
+def test_parts_in_the_cache_of_the_hub_have_the_names_of_their_repositories(
+    model_dir: Path, tiny: Path, tmp_path: Path
+) -> None:
+    """A snapshot's own name is the hash of a commit."""
+    decoder = hub_cache(tiny, tmp_path / "tiny-cache")
+    controlnet = hub_cache(make_controlnet(model_dir, tmp_path / "edges"), tmp_path / "cache")
+    model = ModelParts.open(str(model_dir))
+    parts = ChosenParts(
+        model, "control", tiny_encoder=decoder, tiny_decoder=decoder, controlnet=controlnet
+    )
+    control = parts.control_info()
+    assert control is not None
+    for info in (control, parts.encoder_info(), parts.decoder_info()):
+        assert info.name == "owner/name"
 
 
 def test_every_call_loads_a_part_anew(model_dir: Path) -> None:

@@ -64,6 +64,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
         {"--feather": NUMBERS, "--out": PATHS, "--height": NUMBERS, "--adaptor": PATHS},
     ),
     "upscale": (("bundle", "image", "text"), {"--overlap": NUMBERS, "--out": PATHS}),
+    "control": (("bundle", "image", "text"), {"--scale": NUMBERS, "--out": PATHS}),
     "profile": (
         ("bundle",),
         {

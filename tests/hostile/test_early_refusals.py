@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from hipa_deploy.embedded import ADAPTOR, BUNDLE, DECODER
+from hipa_deploy.embedded import ADAPTOR, BUNDLE, DECODER, MODEL
 from tests.hostile.harness import Worker
 
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "peft", "tensorrt", "tensorrt_rtx")
@@ -124,6 +124,36 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", "nope"), "nope does not exist"),
     ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", "other-decoder"), "decoder"),
     ((*EXPORT, "--adaptor", "emoji-upscale", "--encoder", "nope"), "nope"),
+    ((*EXPORT, "--decoder", ""), "--decoder is empty"),
+    ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", ""), "--encoder is empty"),
+    # ControlNets.
+    ((*EXPORT, "--controlnet", ""), "--controlnet is empty"),
+    ((*EXPORT, "--controlnet", "nets/canny.pth"), "--controlnet nets/canny.pth does not exist"),
+    ((*EXPORT, "--controlnet", "nets/x.SAFETENSORS"), "nets/x.SAFETENSORS does not exist"),
+    ((*EXPORT, "--controlnet", "a/x", "--controlnet", "a/y"), "--controlnet is given twice: a/x,"),
+    ((*SWAP, "--adaptor", "emoji", *("--controlnet", "x") * 3), "--controlnet is given 3 times"),
+    ((*EXPORT, "--controlnet", "nope"), "--controlnet nope does not exist"),
+    ((*EXPORT, "--controlnet", "full"), "--controlnet full has no config.json"),
+    ((*EXPORT, "--controlnet", "file.txt"), "file.txt"),
+    ((*EXPORT, "--controlnet", "emoji-adaptor/pytorch_lora_weights.safetensors"), "no ControlNet"),
+    ((*EXPORT, "--controlnet", "union"), "ControlNetUnionModel"),
+    ((*EXPORT, "--controlnet", "of-sd15"), "block_out_channels"),
+    ((*EXPORT, "--task", "control"), "--controlnet"),
+    ((*EXPORT, "--controlnet", "of-emoji", "--task", "generate"), "Leave out one of the two"),
+    ((*EXPORT, "--controlnet", "of-emoji", "--adaptor", "emoji-edit"), "trained to edit"),
+    (
+        (*EXPORT, "--controlnet", "of-emoji", "--with-teacher", "--adaptor", "emoji"),
+        "--with-teacher",
+    ),
+    ((*EXPORT, "--controlnet", "of-emoji", "--layout", "generic"), "--layout generic"),
+    ((*EXPORT, "--controlnet", "of-emoji", "--encoder", "tiny"), "--encoder"),
+    ((*EXPORT, "--controlnet", "four-channels"), "4 channels"),
+    ((*EXPORT, "--controlnet", "other-factor"), "reduces the control image 4 times"),
+    ((*SWAP, "--adaptor", "emoji", "--controlnet", "of-emoji"), "has no ControlNet"),
+    (("control", "emoji", "photo.png", "x"), "not to control"),
+    (("control", "controlled", "photo.png", "x", "--scale", "3"), "Expected 0 to 2"),
+    (("control", "controlled", "photo.png", "x", "--scale", "nan"), "Expected 0 to 2"),
+    (("generate", "controlled", "x"), "hipa-control"),
     # What does not exist is named although something else is missing or wrong too.
     ((*EVALUATE, "--coco", "nope"), "--coco nope does not exist"),
     ((*EVALUATE, "--coco", "full"), "--coco full has no annotations"),
@@ -324,11 +354,14 @@ for command in MODEL_COMMANDS.values():
     model = command if "--model" not in command else command[:1] + command[3:]
     CASES += [
         ((*model, "--model", "nope"), "nope"),
+        ((*model, "--model", ""), "the name of the model is empty"),
+        ((*model, "--model", "nets/v1.ckpt"), "nets/v1.ckpt does not exist"),
         ((*model, "--model", "file.txt"), "file.txt"),
         ((*model, "--model", "full"), "full"),
         ((*model, "--model", "emoji-adaptor"), "holds a LoRA, not a model"),
         ((*command, "--config", "sd15"), "--config"),
         ((*command, "--vae", "nope"), "--vae nope does not exist"),
+        ((*command, "--vae", ""), "--vae is empty"),
         ((*command, "--vae", "file.txt"), "file.txt"),
         ((*command, "--vae", "full"), "no config.json"),
         ((*command, "--vae", f"cut/{WEIGHTS}"), "cut"),
@@ -375,9 +408,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_prompts(folder)
     _write_adaptors(folder)
     _write_decoders(folder)
-    for task in ("edit", "upscale"):
-        _bundle_for(task, folder / {"edit": "editor", "upscale": "upscaler"}[task])
+    for task in ("edit", "upscale", "control"):
+        name = {"edit": "editor", "upscale": "upscaler", "control": "controlled"}[task]
+        _bundle_for(task, folder / name)
+    _write_controlnets(folder)
     return folder
+
+
+def _write_controlnets(folder: Path) -> None:
+    """Folders with a configuration and a weight: enough for checks of the request."""
+    unet = json.loads((MODEL / "unet/config.json").read_text())
+    fitting = {
+        "_class_name": "ControlNetModel",
+        "block_out_channels": unet["block_out_channels"],
+        "cross_attention_dim": unet["cross_attention_dim"],
+        "layers_per_block": unet["layers_per_block"],
+    }
+    configs = {
+        "of-emoji": fitting,
+        "of-sd15": {"_class_name": "ControlNetModel"},
+        "union": {"_class_name": "ControlNetUnionModel"},
+        "four-channels": fitting | {"conditioning_channels": 4},
+        "other-factor": fitting | {"conditioning_embedding_out_channels": [16, 32, 96]},
+    }
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        weights = folder / name / "diffusion_pytorch_model.safetensors"
+        save_file({"conv_in.weight": np.zeros(1, np.float32)}, weights)
 
 
 def _write_prompts(folder: Path) -> None:
@@ -462,6 +520,8 @@ def _bundle_for(task: str, folder: Path) -> None:
     content["task"] = task
     if task == "upscale":
         content["upscale"] = 4
+    elif task == "control":
+        content["control"] = {"name": "edges", "sha256": "0" * 64}
     else:
         content["strengths"] = [{"strength": 0.75, "timestep": 749, "alpha_bar": 0.03}]
     manifest.write_text(json.dumps(content))

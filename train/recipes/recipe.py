@@ -18,7 +18,7 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.disk.reading import read_toml, shown
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.prompt_files import read_prompt_file
-from hipa_deploy.tasks import Task
+from hipa_deploy.tasks import TrainedTask
 from hipa_deploy.train.recipes.distribution_settings import (
     LatentDiscriminatorSettings,
     ScoreSettings,
@@ -237,7 +237,7 @@ class Recipe(_TrainingSettings):
 
     kind: Literal["adaptor"] = "adaptor"
     """What is trained."""
-    task: Task = "generate"
+    task: TrainedTask = "generate"
     """The task that the step learns; see hipa_deploy.tasks."""
     source: SourceSettings = SourceSettings()
     """The images that tasks other than generate start from."""

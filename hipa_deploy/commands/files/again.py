@@ -31,7 +31,7 @@ _TEXTS = ("bundle", "bundle_name", "precision", "base_model", "adaptor", "waterm
 
 def _options_of(parameters: dict[str, Any]) -> str:
     """The options of a command with which an image was made from another image."""
-    named = ["height", "width", "seed", "strength", "feather"]
+    named = ["height", "width", "seed", "strength", "scale", "feather"]
     if parameters["task"] == "upscale":
         named = ["overlap"]  # its size is the image's, and no noise goes into it
     options = []

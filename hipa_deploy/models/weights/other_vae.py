@@ -21,6 +21,7 @@ from rich.markup import escape
 from hipa_deploy.disk.files import check_space, new_folder, scratch_folder, user_cache
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
+from hipa_deploy.models.weights.hub_cache import repository_name
 from hipa_deploy.models.weights.load_part import check_part
 from hipa_deploy.models.weights.part_config import build, defaults_of, known_values, read_config
 from hipa_deploy.models.weights.weight_file import is_pickled, load_tensors, read_layout
@@ -96,7 +97,8 @@ def with_vae(model: Path, vae: Path, name: str) -> Path:
         _check_same(model, part)
         # A relative path may have no parent in it.
         place = part.resolve()
-        called = place.parent.name if place.name == PART else place.name
+        whole = place.parent if place.name == PART else place
+        called = Path(repository_name(whole) or whole).name
     else:
         _check_there(vae)
         part = _converted(model, vae)

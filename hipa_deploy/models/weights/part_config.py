@@ -54,14 +54,14 @@ _LARGEST = {
     "solver_order": 10,
     "sample_size": 4096,
 }
-# A count that is 0 builds a part without layers, or divides by zero.
+# A count that is 0 builds a part without layers, or divides by zero. That of a level's transformers
+# may be 0: SDXL's small ControlNets have levels without attention.
 _FROM_ONE = (
     "in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block",
     "encoder_block_out_channels", "decoder_block_out_channels", "norm_num_groups", "vocab_size",
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings", "attention_head_dim", "cross_attention_dim", "num_train_timesteps",
-    "transformer_layers_per_block", "sample_size", "upsampling_scaling_factor", "conv_in_kernel",
-    "conv_out_kernel",
+    "sample_size", "upsampling_scaling_factor", "conv_in_kernel", "conv_out_kernel",
 )  # fmt: skip
 # DPMSolverMultistepScheduler's default is minus infinity, and its files say so.
 _ANY_FLOAT = ("lambda_min_clipped",)

@@ -14,6 +14,7 @@ Other variants, such as non_ema, are other weights. They are never loaded.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,13 +76,29 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
         if candidate is not None and path.is_file():
             candidates.append(candidate)
 
-    usable = [candidate for candidate in candidates if candidate.variant in PRECISIONS]
-    if not usable:
+    chosen = _first(candidates)
+    if chosen is None:
         raise _no_weights(folder, candidates)
-    chosen = min(usable, key=_Candidate.rank)
     if chosen.is_index:
         return _shards(chosen.path)
     return (chosen.path,)
+
+
+def file_to_load(names: Iterable[str]) -> tuple[str, bool] | None:
+    """Choose among the names of a folder's files as ``find_weights`` does.
+
+    Returns:
+        The file that the weights are loaded from, and whether it is the index of shards; None
+        where no file holds weights.
+
+    Example:
+        >>> file_to_load(["model.fp16.safetensors", "model.safetensors", "model.bin"])
+        ('model.safetensors', False)
+
+    """
+    parsed = [_parse(Path(name)) for name in sorted(names) if "/" not in name]
+    chosen = _first([candidate for candidate in parsed if candidate is not None])
+    return None if chosen is None else (chosen.path.name, chosen.is_index)
 
 
 def current_name(name: str) -> str:
@@ -101,6 +118,12 @@ def current_name(name: str) -> str:
     return f"{layer}.{NEW_ATTENTION[old]}.{kind}"
 
 
+def _first(candidates: Iterable[_Candidate]) -> _Candidate | None:
+    """The candidate that is taken; None where none is of a precision that is loaded."""
+    usable = [candidate for candidate in candidates if candidate.variant in PRECISIONS]
+    return min(usable, key=_Candidate.rank) if usable else None
+
+
 def _parse(path: Path) -> _Candidate | None:
     """Read what a file is from its name; None for one that holds no weights, and for a shard.
 
@@ -118,8 +141,13 @@ def _parse(path: Path) -> _Candidate | None:
     return _Candidate(path, ".".join(variant), kind, is_index, stem)
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    """Return the files that an index lists, in the order of their names."""
+def listed_names(index: Path) -> list[str]:
+    """Return the names of the files that an index of shards lists, in order.
+
+    Raises:
+        HipaError: it is no index, or names a file elsewhere.
+
+    """
     content = read_json(index, remedy=AGAIN)
     listed = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(listed, dict):
@@ -130,6 +158,12 @@ def _shards(index: Path) -> tuple[Path, ...]:
         problem = name_problem(name)
         if problem:
             raise HipaError(f"{index}: the file name {shown(name)} {problem}. {AGAIN}")
+    return names
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """Return the files that an index lists, in the order of their names."""
+    names = listed_names(index)
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing or not names:
         raise HipaError(

@@ -99,7 +99,8 @@ def chosen_model(service: ImageService, name: str | None, tasks: Sequence[str]) 
     if task not in tasks:
         raise ApiError(
             400,
-            f"The model {model.name} is to {task}. This request is to {' or '.join(tasks)}.",
+            f"The model {model.name} is to {task}. This request is to {' or '.join(tasks)}. "
+            f"Use POST /hipa/{task}.",
             "invalid_value",
             param="model",
         )

@@ -27,6 +27,7 @@ from hipa_deploy.serve.web.api_errors import ApiError, error_response
 from hipa_deploy.serve.web.openai_routes import form_schema, json_schema
 from hipa_deploy.serve.web.request_body import Form, json_fields
 from hipa_deploy.serve.web.schemas import (
+    ControlFields,
     EditFields,
     GenerateFields,
     InpaintFields,
@@ -83,6 +84,15 @@ async def inpaint(request: Request) -> Response:
             feather=fields.feather,
             match=fields.match,
         )
+
+
+@router.post("/hipa/control", openapi_extra=form_schema(ControlFields, "image"))
+async def control(request: Request) -> Response:
+    """Images from a prompt that follow a control image."""
+    async with Form(request, ["image"]) as form:
+        fields = form.fields(ControlFields)
+        image = form.file("image", required=True)
+        return await _images_of(request, fields, "control", image=image, scale=fields.scale)
 
 
 @router.post("/hipa/upscale", openapi_extra=form_schema(UpscaleFields, "image"))
@@ -230,6 +240,7 @@ def _described(model: Model) -> dict[str, Any]:
         **sizes,
         "strengths": [entry.strength for entry in manifest.strengths],
         "upscale": manifest.upscale,
+        "controlnet": manifest.control.name if manifest.control else None,
         "refine": manifest.refine.settings.model_dump()
         if manifest.refine and served.refines
         else None,

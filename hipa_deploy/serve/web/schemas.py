@@ -15,6 +15,7 @@ from pydantic import (
 
 from hipa_deploy.generate.noise import SEED_LIMIT
 from hipa_deploy.generate.pipeline import DEFAULT_FEATHER
+from hipa_deploy.images.source import MAX_SCALE
 from hipa_deploy.serve.image_files import BEST, Format
 
 ModelName = Annotated[str, Field(max_length=250)]
@@ -170,6 +171,17 @@ class InpaintFields(GenerateFields):
 
     feather: Annotated[int, Field(ge=0, le=4096)] = DEFAULT_FEATHER
     match: bool = True
+
+
+class ControlFields(GenerateFields):
+    """An image that follows a control image.
+
+    Attributes:
+        scale: how strongly: 0 is the prompt alone, 1 the ControlNet as it was trained.
+
+    """
+
+    scale: Annotated[float, Field(ge=0, le=MAX_SCALE, allow_inf_nan=False)] = 1.0
 
 
 class UpscaleFields(OwnFields):

@@ -10,6 +10,7 @@ import pytest
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.example_source import example_image, example_mask
+from hipa_deploy.images.source import control_source
 from tests.served import LARGEST, tiny_bundles
 
 BACKENDS = ("onnxruntime", "openvino")
@@ -65,6 +66,23 @@ def test_images_from_images(bundles: dict[str, Path], backend: str, task: str) -
             assert pipe.batch_sizes == (1,)
             alone = pipe.upscale(large).images_BHWC
         np.testing.assert_array_equal(together, np.stack(list(alone)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_control_images_of_several_scales(bundles: dict[str, Path], backend: str) -> None:
+    scales = (0.0, 0.3, 1.0, 2.0)
+    with load(bundles["tiny-control"], backend) as pipe:
+        jobs = []
+        alone = []
+        for seed, scale in enumerate(scales):
+            image = example_image(32, 32, number=seed % 2)
+            source = control_source(pipe.bundle, image, scale=scale, height=None, width=None)
+            jobs += pipe.jobs([(PROMPTS[seed % 3], seed)], source=source)
+            alone.append(pipe.control(image, PROMPTS[seed % 3], scale=scale, seed=seed))
+        for order in (jobs, jobs[::-1], jobs + jobs):
+            for made in pipe.make(order):
+                expected = alone[made.parameters["seed"]].images_BHWC[0]
+                np.testing.assert_array_equal(made.stage_image_HWC, expected)
 
 
 def test_a_prompt_of_a_batch_is_known_afterwards(bundles: dict[str, Path]) -> None:

@@ -11,10 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFilter
+from PIL.PngImagePlugin import PngInfo
 
 from hipa_deploy.errors import HipaError, HipaWarning
 from hipa_deploy.images.png import save_png
-from hipa_deploy.images.read import check_size, fit_image, fit_mask, read_image, read_mask
+from hipa_deploy.images.read import (
+    check_size,
+    fit_image,
+    fit_mask,
+    read_control,
+    read_image,
+    read_mask,
+)
 from hipa_deploy.marks.read_marks import read_marks
 from tests.hipa_deploy.images.raw_png import png
 from tests.threads import in_threads
@@ -236,7 +244,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 MEMORY = """
 import resource, sys
-from hipa_deploy.images.read import read_image, read_mask
+from hipa_deploy.images.read import read_control, read_image, read_mask
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10  # MiB
 before = peak()
@@ -453,3 +461,31 @@ def test_readers_in_threads_leave_the_filters_of_warnings_as_they_were(tmp_path:
 
     in_threads(read)
     assert list(warnings.filters) == before
+
+
+def test_a_control_image_is_data(tmp_path: Path) -> None:
+    """What the file says about colours changes no number; diffusers reads it so too."""
+    ramp = np.tile(np.arange(256, dtype=np.uint8), (8, 1))
+    plain = np.stack([ramp] * 3, axis=-1)
+    info = PngInfo()
+    info.add(b"gAMA", struct.pack(">I", 100_000))
+    path = tmp_path / "depth.png"
+    Image.fromarray(ramp).save(path, pnginfo=info)
+    np.testing.assert_array_equal(read_control(path), plain)
+    np.testing.assert_array_equal(np.asarray(Image.open(path).convert("RGB")), plain)
+    assert np.abs(read_image(path).astype(int) - plain).max() > 20
+
+
+def test_a_control_image_lies_over_black(tmp_path: Path) -> None:
+    """White lines on a transparent ground are lines, and not a white picture."""
+    lines = np.full((16, 16, 4), 255, np.uint8)
+    lines[:, :, 3] = 0
+    lines[8, :, 3] = 255
+    path = tmp_path / "lines.png"
+    Image.fromarray(lines).save(path)
+    with pytest.warns(
+        HipaWarning, match=r"lines\.png has transparent pixels, which count as black"
+    ):
+        control = read_control(path)
+    assert (control[8] == 255).all()
+    assert not np.delete(control, 8, axis=0).any()

@@ -3,9 +3,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from hipa_deploy import embedded
 from hipa_deploy.errors import HipaError, HipaWarning
@@ -13,14 +15,17 @@ from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.locate import (
     TAESD,
     TAESDXL,
+    check_controlnet_name,
+    check_model_name,
     model_folder,
     model_name,
     resolve_decoder,
     resolve_encoder,
 )
 from hipa_deploy.models.weights.weight_files import DIFFUSERS, find_weights
-from tests.packaging import hub_cache
+from tests.packaging import Weights, as_bin, as_fp16_variant, as_shards, hub_cache
 from tests.small_hub import serve_repository
+from tests.tiny_controlnet import make_controlnet
 from tests.tiny_model import make_model
 
 
@@ -42,6 +47,15 @@ def test_a_folder_that_does_not_exist(name: str) -> None:
         model_folder(name)
 
 
+@pytest.mark.parametrize("ending", [".pth", ".ckpt", ".PT", ".bin", ".safetensors"])
+def test_a_file_of_weights_that_does_not_exist_is_no_hub_id(ending: str) -> None:
+    name = f"nets/v1.5{ending}"
+    for check in (check_model_name, check_controlnet_name):
+        with pytest.raises(HipaError, match=r"nets/v1\.5\.\w+ does not exist"):
+            check(name)
+        check("owner/v1.5")
+
+
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
@@ -57,23 +71,29 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
 FETCH = """
 import sys
 from hipa_deploy.errors import HipaError
-from hipa_deploy.models.locate import model_folder
+from hipa_deploy.models.locate import model_folder, resolve_controlnet
 try:
-    print(model_folder("owner/name"))
+    if len(sys.argv) > 1:
+        print(resolve_controlnet("owner/name", sys.argv[1]))
+    else:
+        print(model_folder("owner/name"))
 except HipaError as error:
     print(error)
 """
 
 
 def fetched_from_hub(
-    repository: Path, home: Path, refusal: tuple[int, str] | None = None
+    repository: Path, home: Path, refusal: tuple[int, str] | None = None, *words: str
 ) -> tuple[str, list[str]]:
-    """What ``model_folder`` says of a repository that a hub serves, and the files it fetched."""
+    """What ``model_folder`` says of a repository that a hub serves, and the files it fetched.
+
+    With a model in ``words``: what ``resolve_controlnet`` says.
+    """
     with serve_repository(repository, "owner/name", refusal) as (address, fetched):
         settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         done = subprocess.run(
-            [sys.executable, "-c", FETCH],
+            [sys.executable, "-c", FETCH, *words],
             env={**kept, **settings, "NO_PROXY": "127.0.0.1"},
             capture_output=True,
             text=True,
@@ -118,6 +138,72 @@ def test_what_is_not_supported_is_not_fetched(tmp_path: Path, kind: str) -> None
     text, fetched = fetched_from_hub(repository, tmp_path / "home")
     assert text.startswith(expected)
     assert set(fetched) <= {"model_index.json"}
+
+
+def as_both(folder: Path, stem: str, weights: Weights) -> None:
+    as_bin(folder, stem, weights)
+    as_fp16_variant(folder, stem, weights)
+    save_file(weights, folder / f"{stem}.safetensors")
+    save_file(weights, folder / f"{stem}.non_ema.safetensors")
+
+
+def as_old_and_half(folder: Path, stem: str, weights: Weights) -> None:
+    as_bin(folder, stem, weights)
+    as_fp16_variant(folder, stem, weights)
+
+
+SHARDS = {f"{DIFFUSERS}-0000{number}-of-00002.safetensors" for number in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (as_both, {f"{DIFFUSERS}.safetensors"}),
+        (as_old_and_half, {f"{DIFFUSERS}.bin"}),
+        (as_fp16_variant, {f"{DIFFUSERS}.fp16.safetensors"}),
+        (as_shards, {f"{DIFFUSERS}.safetensors.index.json", *SHARDS}),
+    ],
+)
+def test_a_controlnet_is_fetched_without_its_other_files(
+    tmp_path: Path, write: Callable[[Path, str, Weights], None], expected: set[str]
+) -> None:
+    model = make_model(tmp_path / "sd")
+    repository = make_controlnet(model, tmp_path / "repository")
+    weights = load_file(repository / f"{DIFFUSERS}.safetensors")
+    (repository / f"{DIFFUSERS}.safetensors").unlink()
+    (repository / "edges.png").write_bytes(bytes(100))
+    write(repository, DIFFUSERS, weights)
+    text, fetched = fetched_from_hub(repository, tmp_path / "home", None, str(model))
+    assert sorted(fetched) == sorted({"config.json"} | expected)
+    assert {path.name for path in find_weights(Path(text))} == expected - {
+        f"{DIFFUSERS}.safetensors.index.json"
+    }
+    assert model_name("owner/name", Path(text)) == "owner/name"
+    # Without a network it is found in the cache.
+    text_again, fetched = fetched_from_hub(repository, tmp_path / "home", (503, ""), str(model))
+    assert (text_again, fetched) == (text, [])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "owner/name on the hub has no config.json, so it is no ControlNetModel folder."),
+        ("ControlNetUnionModel", "--controlnet owner/name is of the class 'ControlNetUnionModel'"),
+        ("ControlNetModel", "owner/name on the hub has no weights of a ControlNet"),
+    ],
+)
+def test_what_is_no_controlnet_is_not_fetched(
+    tmp_path: Path, config: str | None, said: str
+) -> None:
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    weights = DIFFUSERS if config == "ControlNetUnionModel" else "canny"
+    (repository / f"{weights}.safetensors").write_bytes(bytes(100))
+    if config is not None:
+        (repository / "config.json").write_text(json.dumps({"_class_name": config}))
+    text, fetched = fetched_from_hub(repository, tmp_path / "home", None, "emoji")
+    assert text.startswith(said)
+    assert set(fetched) <= {"config.json"}
 
 
 def test_a_repository_in_the_cache_of_the_hub(tmp_path: Path) -> None:

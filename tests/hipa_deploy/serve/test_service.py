@@ -15,6 +15,7 @@ from PIL import Image
 
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.errors import HipaError
+from hipa_deploy.images.example_source import example_image
 from hipa_deploy.serve import service as service_module
 from hipa_deploy.serve.served import Models
 from hipa_deploy.serve.service import Delivery, ImageService, Order, TimeLimitError
@@ -67,6 +68,42 @@ def test_an_image_of_too_many_tiles_is_never_enlarged(
         with pytest.raises(HipaError, match=words):
             deliver(service, image=upload(200, 400))
         assert waiting(service) == 0
+
+
+def test_control_images_of_several_scales_share_batches(bundles: dict[str, Bundle]) -> None:
+    """The scale is an input of each image: none depends on whose images are beside it."""
+    scales = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+
+    def picture(number: int) -> io.BytesIO:
+        file = io.BytesIO()
+        Image.fromarray(example_image(32, 32, number)).save(file, "PNG")
+        return file
+
+    async def stays() -> None:
+        await asyncio.Event().wait()
+
+    async def all_at_once(service: ImageService) -> list[Delivery]:
+        orders = [
+            Order(
+                service.models.by_name["m"],
+                "a green pear",
+                seeds=[7, 8],
+                image=picture(number % 3),
+                scale=scale,
+            )
+            for number, scale in enumerate(scales)
+        ]
+        return await asyncio.gather(*(service.deliver(order, stays) for order in orders))
+
+    with serving(bundles["tiny-control"], Limits(batch=1)) as service:
+        alone = asyncio.run(all_at_once(service))
+        assert {size for made in alone for size in made.batches} == {1}
+    with serving(bundles["tiny-control"], Limits(wait=0.5)) as service:
+        together = asyncio.run(all_at_once(service))
+        # Of fewer images than two orders have, none would have had another's company.
+        assert max(size for made in together for size in made.batches) > 2
+    assert [made.files for made in together] == [made.files for made in alone]
+    assert len({file for made in alone for file in made.files}) == 2 * len(scales)
 
 
 @pytest.mark.parametrize("slow", ["_jobs_from_image", "_encoded"])

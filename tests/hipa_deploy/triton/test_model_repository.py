@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -51,7 +51,14 @@ def type_name(data_type: int) -> str:
 
 def shape_of(config: Any, tensor: Any) -> list[int]:
     """The whole shape: Triton puts the batch before the dims of a model that has batches."""
+    assert tensor.dims, "Triton refuses an input or output without dims"
     return ([-1] if config.max_batch_size else []) + list(tensor.dims)
+
+
+def shape_of_graph(config: Any, tensor: Any) -> list[int]:
+    """The shape that Triton gives the graph: with ``reshape`` another one than it takes."""
+    inner = tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims
+    return ([-1] if config.max_batch_size else []) + list(inner)
 
 
 class Repository:
@@ -76,6 +83,7 @@ class Repository:
         config = self.configs[model]
         self.calls.append(model)
         assert {tensor.name for tensor in config.input} == inputs.keys()
+        fed = {}
         for tensor in config.input:
             value = inputs[tensor.name]
             wanted = shape_of(config, tensor)
@@ -84,7 +92,10 @@ class Repository:
                 assert size in (-1, got)
             if config.max_batch_size:
                 assert 1 <= len(value) <= config.max_batch_size
-        made = self.sessions[model].run(list(outputs), dict(inputs))
+            wanted = shape_of_graph(config, tensor)
+            fed[tensor.name] = value.reshape(value.shape[: len(wanted)])
+            assert fed[tensor.name].size == value.size
+        made = self.sessions[model].run(list(outputs), fed)
         return dict(zip(outputs, made, strict=True))
 
     def model(self, name: str) -> BundleModel:
@@ -101,7 +112,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
 
 
 @pytest.mark.parametrize(
-    "name", ["emoji", "tiny", "tiny-edit", "tiny-inpaint", "tiny-upscale", "sdxl"]
+    "name",
+    ["emoji", "tiny", "tiny-edit", "tiny-inpaint", "tiny-upscale", "tiny-control", "sdxl"],
 )
 def test_configurations_are_of_the_files(
     bundles: dict[str, Bundle], name: str, tmp_path: Path
@@ -121,7 +133,8 @@ def test_configurations_are_of_the_files(
                 assert tensor.name == node.name
                 assert type_name(tensor.data_type) == ONNX_TYPES[node.type]
                 shape = [size if isinstance(size, int) else -1 for size in node.shape]
-                assert shape_of(config, tensor) == shape
+                assert shape_of_graph(config, tensor) == shape
+                assert shape_of(config, tensor)[: len(shape)] == shape
 
 
 def test_batches_are_joined_where_the_bundle_takes_them(
@@ -162,7 +175,7 @@ def test_an_image_is_that_of_the_pipeline(
     assert repository.calls.count("m_unet") == 2
 
 
-@pytest.mark.parametrize("task", ["edit", "inpaint", "upscale"])
+@pytest.mark.parametrize("task", ["edit", "inpaint", "upscale", "control"])
 def test_tasks_from_an_image(bundles: dict[str, Bundle], task: str, tmp_path: Path) -> None:
     bundle = bundles[f"tiny-{task}"]
     write_repository(bundle, tmp_path / "models", name="m")
@@ -180,12 +193,35 @@ def test_tasks_from_an_image(bundles: dict[str, Bundle], task: str, tmp_path: Pa
             expected = pipe.inpaint(image_HWC, mask_HW > 0, PROMPT, seed=5)
             with pytest.raises(HipaError, match="'mask'"):
                 model.image(PROMPT, 5, image_HWC)
+        elif task == "control":
+            made = model.image(PROMPT, 5, image_HWC)
+            expected = pipe.control(image_HWC, PROMPT, seed=5)
+            less = model.image(PROMPT, 5, image_HWC, scale=0.5)
+            as_expected = pipe.control(image_HWC, PROMPT, scale=0.5, seed=5)
+            np.testing.assert_array_equal(less.images_BHWC, as_expected.images_BHWC)
+            assert (less.images_BHWC != made.images_BHWC).any()
+            with pytest.raises(HipaError, match="scale nan is out of range"):
+                model.image(PROMPT, 5, image_HWC, scale=float("nan"))
         else:
             made = model.image(PROMPT, 5, image_HWC)
             expected = pipe.upscale(image_HWC, PROMPT)
     np.testing.assert_array_equal(made.images_BHWC, expected.images_BHWC)
     with pytest.raises(HipaError, match="'image'"):
         model.image(PROMPT, 5)
+
+
+def test_a_scale_is_one_number_an_image(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """Triton takes no empty dims, so it sees [B, 1] where the graph has [B]."""
+    write_repository(bundles["tiny-control"], tmp_path / "models", name="m")
+    configs = Repository(tmp_path / "models").configs
+    (scale,) = (tensor for tensor in configs["m_unet"].input if tensor.name == "control_scale")
+    assert list(scale.dims) == [1]
+    assert scale.HasField("reshape")
+    assert list(scale.reshape.shape) == []
+    assert configs["m_unet"].max_batch_size == 8
+    inputs = {tensor.name: tensor for tensor in configs["m"].input}
+    assert list(inputs) == ["prompt", "seed", "image", "scale"]
+    assert [name for name, tensor in inputs.items() if tensor.optional] == ["seed", "scale"]
 
 
 def test_a_changed_tokenizer_is_refused(bundles: dict[str, Bundle], tmp_path: Path) -> None:
@@ -331,25 +367,37 @@ def pb_utils_of(repository: Repository) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def glued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Bundle], Any]]:
+    """A function that gives the class of a bundle's model.py, made as Triton makes it."""
+
+    def model_of(bundle: Bundle) -> Any:
+        write_repository(bundle, tmp_path / "models", name="m")
+        repository = Repository(tmp_path / "models")
+        monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb_utils_of(repository))
+        monkeypatch.delitem(sys.modules, "hipa_deploy.triton.python_model", raising=False)
+        namespace: dict[str, Any] = {}
+        exec((tmp_path / "models/m/1/model.py").read_text(), namespace)
+        model = namespace["TritonPythonModel"]()
+        parameters = repository.configs["m"].parameters
+        written = {stage: {"string_value": parameters[stage].string_value} for stage in parameters}
+        model.initialize(
+            {
+                "model_config": json.dumps({"parameters": written}),
+                "model_repository": str(tmp_path / "models/m"),
+                "model_version": "1",
+            }
+        )
+        return model
+
+    yield model_of
+    sys.modules.pop("hipa_deploy.triton.python_model", None)
+
+
 def test_the_glue_answers_requests(
-    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: dict[str, Bundle], glued: Callable[[Bundle], Any]
 ) -> None:
-    write_repository(bundles["tiny"], tmp_path / "models", name="m")
-    repository = Repository(tmp_path / "models")
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", pb_utils_of(repository))
-    monkeypatch.delitem(sys.modules, "hipa_deploy.triton.python_model", raising=False)
-    namespace: dict[str, Any] = {}
-    exec((tmp_path / "models/m/1/model.py").read_text(), namespace)
-    model = namespace["TritonPythonModel"]()
-    parameters = repository.configs["m"].parameters
-    written = {stage: {"string_value": parameters[stage].string_value} for stage in parameters}
-    model.initialize(
-        {
-            "model_config": json.dumps({"parameters": written}),
-            "model_repository": str(tmp_path / "models/m"),
-            "model_version": "1",
-        }
-    )
+    model = glued(bundles["tiny"])
     prompt = Tensor("prompt", np.asarray([PROMPT.encode()], object))
     seed = Tensor("seed", np.asarray([7], np.int64))
     too_long = Tensor("prompt", np.asarray([b"a red apple " * 100], object))
@@ -363,4 +411,26 @@ def test_the_glue_answers_requests(
     np.testing.assert_array_equal(good.tensors[0].value, expected)
     np.testing.assert_array_equal(drawn.tensors[0].value, again)
     assert "tokens" in bad.error
-    sys.modules.pop("hipa_deploy.triton.python_model", None)
+
+
+def test_the_glue_passes_a_control_image_and_its_scale(
+    bundles: dict[str, Bundle], glued: Callable[[Bundle], Any]
+) -> None:
+    model = glued(bundles["tiny-control"])
+    image_HWC = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    order = [
+        Tensor("prompt", np.asarray([PROMPT.encode()], object)),
+        Tensor("seed", np.asarray([7], np.int64)),
+    ]
+    image = Tensor("image", image_HWC)
+    extras = [[image, Tensor("scale", np.asarray([scale], np.float32))] for scale in (0.8, 2.5)]
+    requests = [SimpleNamespace(tensors=order + more) for more in (*extras, [image], [])]
+    scaled, too_strong, plain, without = model.execute(requests)
+    with OneStepPipeline.load(bundles["tiny-control"].root, "onnxruntime") as pipe:
+        for made, scale in ((scaled, 0.8), (plain, 1.0)):
+            expected = pipe.control(image_HWC, PROMPT, scale=scale, seed=7)
+            np.testing.assert_array_equal(made.tensors[0].value, expected.images_BHWC[0])
+            parameters = json.loads(made.tensors[1].value[0])
+            assert parameters["scale"] == expected.parameters[0]["scale"] == scale
+    assert "scale 2.5 is out of range. Expected 0 to 2." in too_strong.error
+    assert "Expected an input 'image'" in without.error

@@ -65,9 +65,11 @@ function formRequest(order) {
   if (order.width) form.set("width", order.width);
   if (order.height) form.set("height", order.height);
   if (order.strength) form.set("strength", order.strength);
+  if (order.scale !== undefined) form.set("scale", order.scale);
   if (order.mask) {
     form.set("mask", order.mask, "mask.png");
     form.set("feather", order.feather);
+    if (order.match !== undefined) form.set("match", order.match);
   }
   return { body: form, headers: {} };
 }

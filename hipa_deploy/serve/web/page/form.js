@@ -5,7 +5,10 @@ export const TASKS = {
   edit: "Edit",
   inpaint: "Inpaint",
   upscale: "Upscale",
+  control: "Control",
 };
+// They do not change a picture: they take none, or one to follow, such as edges or a pose.
+const FROM_PROMPT = ["generate", "control"];
 const SEED_LIMIT = 2n ** 63n; // the service's seeds are below
 
 /** A value of the form that cannot be sent, in words, and the control that holds it. */
@@ -24,17 +27,19 @@ export class Form {
     this.changed = changed;
     this.models = [];
     this.tasks = [];
-    for (const id of ["prompt", "seed", "model", "adaptor", "width", "height", "strength", "feather", "live"]) {
+    for (const id of ["prompt", "seed", "model", "adaptor", "width", "height", "strength", "feather", "match", "scale", "live"]) {
       this[id] = byId(id);
     }
     this.prompt.addEventListener("input", () => changed("prompt"));
-    for (const control of [this.seed, this.width, this.height, this.feather]) {
+    for (const control of [this.seed, this.width, this.height, this.feather, this.scale]) {
       control.addEventListener("input", () => {
-        this.#showFeather();
+        this.#showValues();
         changed("other");
       });
     }
-    for (const control of [this.adaptor, this.strength]) control.addEventListener("change", () => changed("other"));
+    for (const control of [this.adaptor, this.strength, this.match]) {
+      control.addEventListener("change", () => changed("other"));
+    }
     this.model.addEventListener("change", () => {
       this.#modelChosen();
       changed("model");
@@ -43,7 +48,7 @@ export class Form {
       this.#taskChosen();
       changed("task");
     });
-    this.#showFeather();
+    this.#showValues();
   }
 
   /** Offer the models of the service, and the tasks that they are for. */
@@ -68,6 +73,12 @@ export class Form {
 
   get task() {
     return document.querySelector("[name=task]:checked")?.value ?? "generate";
+  }
+
+  /** The task that goes on with an image that was made: the present one, if it can; null without any. */
+  get nextTask() {
+    if (!FROM_PROMPT.includes(this.task)) return this.task;
+    return this.tasks.find((task) => !FROM_PROMPT.includes(task)) ?? null;
   }
 
   /** The chosen bundle, without its adaptor. */
@@ -115,7 +126,11 @@ export class Form {
       order.height = this.#readSize("height");
     }
     if (task === "edit") order.strength = this.strength.value;
-    if (task === "inpaint") order.feather = this.feather.value;
+    if (task === "inpaint") {
+      order.feather = this.feather.value;
+      order.match = this.match.checked;
+    }
+    if (task === "control") order.scale = this.scale.value;
     return order;
   }
 
@@ -134,7 +149,9 @@ export class Form {
     if (order.height) this.height.value = order.height;
     if (order.strength) this.strength.value = order.strength;
     if (order.feather !== undefined) this.feather.value = order.feather;
-    this.#showFeather();
+    if (order.match !== undefined) this.match.checked = order.match;
+    if (order.scale !== undefined) this.scale.value = order.scale;
+    this.#showValues();
     this.mark(null);
   }
 
@@ -172,6 +189,8 @@ export class Form {
     const options = fitting.map((model) => new Option(model.id, model.id));
     this.model.replaceChildren(...options);
     byId("feather-field").hidden = task !== "inpaint";
+    byId("match-field").hidden = task !== "inpaint";
+    byId("scale-field").hidden = task !== "control";
     // An enlargement draws no noise of its own choice, and takes as long as the image is large.
     byId("seed-field").hidden = task === "upscale";
     byId("live-field").hidden = task === "upscale";
@@ -194,9 +213,12 @@ export class Form {
     byId("size-fields").hidden = fixed || bundle.task === "upscale";
     this.strength.replaceChildren(...bundle.strengths.map((value) => new Option(value, value)));
     byId("strength-field").hidden = bundle.strengths.length < 2;
+    byId("control-help").hidden = !bundle.controlnet;
+    byId("control-help").textContent = `As the ControlNet ${bundle.controlnet} was trained to see it, such as edges, depth or a pose.`;
   }
 
-  #showFeather() {
+  #showValues() {
     byId("feather-value").textContent = `${this.feather.value} px`;
+    byId("scale-value").textContent = this.scale.valueAsNumber.toFixed(2);
   }
 }

@@ -333,9 +333,8 @@ byId("download").addEventListener("click", (event) => {
   else history.add(result.shown);
 });
 byId("use").addEventListener("click", () => {
-  const task = form.task === "generate" ? form.tasks.find((one) => one !== "generate") : form.task;
   history.add(result.shown);
-  form.setTask(task);
+  form.setTask(form.nextTask);
   source.use(result.shown.blob);
   ask({ delay: true });
 });
@@ -404,7 +403,7 @@ async function offerModels() {
   source.limits = about.limits;
   form.offer(models);
   byId("refine").hidden = !models.some((model) => model.refine);
-  byId("use").hidden = !form.tasks.some((task) => task !== "generate");
+  byId("use").hidden = form.nextTask === null;
   showIdeas();
   await source.fit(form.task, form.target);
   showEmpty(source.missing(form.task));

@@ -7,7 +7,7 @@ const FINER = 2; // an image goes there with up to so many pixels for each one o
 /**
  * The image to send for a task.
  *
- * To enlarge, a file stays as it is. To edit or repaint, it is cut to the model's shape about its
+ * To enlarge, a file stays as it is. To edit, repaint or follow it, it is cut to the model's shape about its
  * centre and reduced, because it is sent again at every keystroke; one that fits stays as it is. So
  * the picture on the page is exactly what the service sees, and a mask has its pixels.
  *

@@ -37,6 +37,7 @@ export class Source {
   /** Show what a task needs, and make the image ready for it. */
   async fit(task, target) {
     byId("source-board").hidden = task === "generate";
+    byId("source-title").textContent = task === "control" ? "Control image" : "Your image";
     this.#showBrush(task);
     if (task === "generate" || !this.file) return;
     const wanted = { task: task === "upscale" ? task : "fit", ...target };
@@ -60,6 +61,7 @@ export class Source {
   /** What is missing before an image can be made, in words; null if nothing is. */
   missing(task) {
     if (task === "generate") return null;
+    if (!this.ready && task === "control") return "Drop, paste or choose a control image to follow.";
     if (!this.ready) return "Drop, paste or choose an image to begin with.";
     if (task === "inpaint" && this.brush.empty) return MISSING_MASK;
     return null;

@@ -20,6 +20,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.models.locate import model_folder, unpacked
 from hipa_deploy.models.weights import other_vae
 from tests.original_layout import vae_names, write_checkpoint
+from tests.packaging import hub_cache
 from tests.tiny_model import make_model
 from tests.tiny_sdxl import make_sdxl
 
@@ -271,6 +272,14 @@ def test_the_name_of_a_relative_folder(
     shutil.copytree(model / "vae", tmp_path / "mse" / "vae")
     monkeypatch.chdir(tmp_path / "mse")
     assert model_folder(str(model), vae="vae").name == "tiny with mse"
+
+
+@pytest.mark.parametrize("part", [".", "vae"])
+def test_the_name_of_a_vae_in_the_cache_of_the_hub(model: Path, tmp_path: Path, part: str) -> None:
+    """A snapshot's own name is the hash of a commit."""
+    shutil.copytree(model / "vae", tmp_path / "mse" / part)
+    vae = hub_cache(tmp_path / "mse", tmp_path / "hub")
+    assert model_folder(str(model), vae=str(vae)).name == "tiny with name"
 
 
 def changed(model: Path, folder: Path, **values: object) -> Path:

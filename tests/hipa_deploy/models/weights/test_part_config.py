@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from diffusers.schedulers import DPMSolverMultistepScheduler
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -33,6 +33,8 @@ SD15 = {
         ("layers_per_block", 10**6, "a whole number from 1 to 32"),
         ("layers_per_block", 0, "a whole number from 1 to 32"),
         ("layers_per_block", None, "a value such as 2"),
+        ("transformer_layers_per_block", [0, -1, 0], "a whole number from 0 to 64"),
+        ("transformer_layers_per_block", 0.5, "a value such as 1"),
         ("in_channels", -4, "a whole number from 1 to 16384"),
         ("in_channels", "4", "a value such as 4"),
         ("in_channels", True, "a value such as 4"),
@@ -54,6 +56,15 @@ def test_values_beyond_their_limits(key: str, value: Any, expected: str) -> None
     assert f"has {key}=" in str(error.value)
     assert f"Expected {expected}. Copy the model again." in str(error.value)
     assert len(str(error.value)) < 300
+
+
+def test_levels_without_attention() -> None:
+    """As in SDXL's small ControlNets."""
+    values = {"transformer_layers_per_block": [0, 0, 1, 1]}
+    assert known_values(ControlNetModel, values, PATH) == values
+    weights = build(ControlNetModel, values, PATH).state_dict()
+    assert not any(name.startswith("down_blocks.1.attentions.0.transformer") for name in weights)
+    assert any(name.startswith("down_blocks.2.attentions.0.transformer") for name in weights)
 
 
 def test_many_blocks_are_refused_although_each_number_is_allowed() -> None:

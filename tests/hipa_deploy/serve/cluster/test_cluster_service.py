@@ -19,6 +19,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
+from hipa_deploy.images.example_source import example_image
 from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
 from hipa_deploy.serve.cluster import ray_replicas
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal, carried
@@ -116,6 +117,26 @@ def test_uploaded_images_travel(bundles: dict[str, Bundle]) -> None:
     service, _ = service_of(bundle)
     values = {"image": file, "alpha_mask": True, "seeds": [7], "feather": 2}
     assert deliver(service, **values).files == deliver(alone, **values).files
+    service.close()
+    alone.close()
+
+
+def test_control_images_travel_with_their_scale(bundles: dict[str, Bundle]) -> None:
+    bundle = bundles["tiny-control"]
+    file = io.BytesIO()
+    Image.fromarray(example_image(32, 32, number=1)).save(file, "PNG")
+    alone = ImageService(Models([f"m={bundle.root}"]), LIMITS)
+    alone.load("onnxruntime")
+    service, here = service_of(bundle)
+    made = []
+    for scale in (0.25, 1.0):
+        values = {"image": file, "seeds": [7], "scale": scale}
+        made.append(deliver(service, **values))
+        assert here.calls[-1].values["scale"] == made[-1].parameters[0]["scale"] == scale
+        assert made[-1].files == deliver(alone, **values).files
+    assert made[0].files != made[1].files
+    with pytest.raises(HipaError, match="scale 3 is out of range"):
+        deliver(service, image=file, seeds=[7], scale=3)
     service.close()
     alone.close()
 

@@ -203,13 +203,20 @@ def png(width: int = 32, height: int = 32, mode: str = "RGB") -> bytes:
     ],
     ids=lambda value: repr(value)[:40],
 )
-@pytest.mark.parametrize("path", ["/v1/images/edits", "/hipa/edit"])
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        ("/v1/images/edits", "tiny-edit"),
+        ("/hipa/edit", "tiny-edit"),
+        ("/hipa/control", "tiny-control"),
+    ],
+)
 def test_files_that_are_no_images(
-    http: httpx.Client, path: str, content: bytes, words: str
+    http: httpx.Client, path: str, model: str, content: bytes, words: str
 ) -> None:
     answer = http.post(
         path,
-        data={"prompt": "a", "model": "tiny-edit"},
+        data={"prompt": "a", "model": model},
         files={"image": ("a.png", content, "image/png")},
     )
     message = refused(answer, 400, "invalid_request")
@@ -219,6 +226,7 @@ def test_files_that_are_no_images(
 
 EDIT = "/hipa/edit"
 INPAINT = "/hipa/inpaint"
+CONTROL = "/hipa/control"
 OPENAI = "/v1/images/edits"
 BOTH = ["image", "mask"]
 
@@ -238,6 +246,18 @@ BOTH = ["image", "mask"]
         (INPAINT, {}, ["mask"], "missing_required_parameter", "image"),
         (INPAINT, {"feather": "-1"}, BOTH, "invalid_value", "feather"),
         (INPAINT, {"match": "a little"}, BOTH, "invalid_value", "match"),
+        (CONTROL, {"scale": "nan"}, ["image"], "invalid_value", "scale"),
+        (CONTROL, {"scale": "-0.1"}, ["image"], "invalid_value", "scale"),
+        (CONTROL, {"scale": "2.1"}, ["image"], "invalid_value", "scale"),
+        (CONTROL, {"scale": "strong"}, ["image"], "invalid_value", "scale"),
+        (CONTROL, {"strength": "0.5"}, ["image"], "unknown_parameter", "strength"),
+        (CONTROL, {"height": "48"}, ["image"], "invalid_request", None),
+        (CONTROL, {}, [], "missing_required_parameter", "image"),
+        (CONTROL, {}, BOTH, "unknown_parameter", "mask"),
+        (CONTROL, {"model": "tiny-edit"}, ["image"], "invalid_value", "model"),
+        (EDIT, {"scale": "1"}, ["image"], "unknown_parameter", "scale"),
+        (EDIT, {"model": "tiny-control"}, ["image"], "invalid_value", "model"),
+        (OPENAI, {"model": "tiny-control"}, ["image"], "invalid_value", "model"),
         (OPENAI, {"model": "tiny-edit"}, BOTH, "invalid_value", "mask"),
         (OPENAI, {"model": "tiny-inpaint"}, ["image"], "invalid_request", None),
         (OPENAI, {}, ["image"], "missing_required_parameter", "model"),
@@ -248,8 +268,10 @@ BOTH = ["image", "mask"]
 def test_forms_that_are_wrong(
     http: httpx.Client, path: str, data: dict, files: list, code: str, param: str | None
 ) -> None:
-    uploads = [(name, ("a.png", png(), "image/png")) for name in files]
-    answer = http.post(path, data={"prompt": "a", **data}, files=uploads)
+    # Each field is a part: without a file httpx would send another kind of form.
+    parts = [(name, (None, value)) for name, value in {"prompt": "a", **data}.items()]
+    parts += [(name, ("a.png", png(), "image/png")) for name in files]
+    answer = http.post(path, files=parts)
     refused(answer, 400, code)
     assert answer.json()["error"]["param"] == param
 

@@ -38,7 +38,8 @@ def png(image_HWC: np.ndarray) -> bytes:
 def test_the_models_are_bundles_and_their_adaptors(client: openai.OpenAI) -> None:
     names = [model.id for model in client.models.list()]
     assert names == [
-        "tiny", "tiny:double", "tiny:half", "tiny-edit", "tiny-inpaint", "tiny-upscale",
+        "tiny", "tiny:double", "tiny:half", "tiny-control", "tiny-edit", "tiny-inpaint",
+        "tiny-upscale",
     ]  # fmt: skip
     assert client.models.retrieve("tiny:half").owned_by == "hipa-deploy"
     with pytest.raises(openai.NotFoundError):
@@ -214,6 +215,7 @@ def test_an_image_does_not_depend_on_its_company(
         ({"model": "none"}, openai.NotFoundError, "model", "model_not_found"),
         ({"model": "../../etc/passwd"}, openai.NotFoundError, "model", "model_not_found"),
         ({"model": "tiny-edit"}, openai.BadRequestError, "model", "invalid_value"),
+        ({"model": "tiny-control"}, openai.BadRequestError, "model", "invalid_value"),
         ({"n": 11}, openai.BadRequestError, "n", "invalid_value"),
         ({"n": "2"}, openai.BadRequestError, "n", "invalid_value"),
         ({"size": "64x64"}, openai.BadRequestError, None, "invalid_request"),

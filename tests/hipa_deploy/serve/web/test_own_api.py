@@ -98,6 +98,59 @@ def test_white_is_repainted(http: httpx.Client, bundles: Bundles) -> None:
     np.testing.assert_array_equal(images(answer)[0], expected)
 
 
+def test_a_control_image_is_followed(http: httpx.Client, bundles: Bundles) -> None:
+    files = {"image": png(IMAGE_HWC)}
+    answers = {}
+    with OneStepPipeline.load(bundles["tiny-control"].root, "onnxruntime") as pipe:
+        for scale in ("0", "0.75", "2", None):
+            data = {"prompt": PROMPT, "seed": "5"}
+            if scale is not None:
+                data["scale"] = scale
+            answer = http.post("/hipa/control", data=data, files=files)
+            expected = pipe.control(IMAGE_HWC, PROMPT, scale=float(scale or 1), seed=5)
+            (answers[scale],) = images(answer)
+            np.testing.assert_array_equal(answers[scale], expected.images_BHWC[0])
+            assert answer.json()["images"][0]["parameters"] == expected.parameters[0]
+    assert len({image.tobytes() for image in answers.values()}) == 4
+    # Another picture gives another image, and at scale 0 the same one.
+    other = {"image": png(example_image(32, 32, number=4))}
+    for scale, is_same in (("0", True), ("0.75", False)):
+        data = {"prompt": PROMPT, "seed": "5", "scale": scale}
+        (image,) = images(http.post("/hipa/control", data=data, files=other))
+        assert np.array_equal(image, answers[scale]) == is_same
+
+
+def test_several_images_of_a_control_image(http: httpx.Client) -> None:
+    data = {"prompt": PROMPT, "seed": "5", "count": "3", "height": "32", "width": "32"}
+    answer = http.post("/hipa/control", data=data, files={"image": png(IMAGE_HWC)})
+    assert [image["seed"] for image in answer.json()["images"]] == [5, 6, 7]
+    assert len(images(answer)) == 3
+    as_bytes = http.post(
+        "/hipa/control",
+        data={"prompt": PROMPT, "seed": "6"},
+        files={"image": png(IMAGE_HWC)},
+        headers={"accept": "image/png"},
+    )
+    assert as_bytes.headers["x-hipa-seed"] == "6"
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(as_bytes.content))), images(answer)[1]
+    )
+
+
+def test_a_model_for_control_images_is_for_nothing_else(http: httpx.Client) -> None:
+    """Without a picture it would be another model; as an edit it would draw over the picture."""
+    order = {"prompt": PROMPT, "model": "tiny-control"}
+    for path in ("/v1/images/generations", "/hipa/generate", "/hipa/refine"):
+        answer = http.post(path, json=order)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert (error["param"], error["code"]) == ("model", "invalid_value")
+        assert error["message"] == (
+            "The model tiny-control is to control. This request is to generate. "
+            "Use POST /hipa/control."
+        )
+
+
 def test_an_image_of_several_tiles(http: httpx.Client, bundles: Bundles) -> None:
     image = example_image(20, 36, number=1)
     answer = http.post("/hipa/upscale", data={"overlap": "4"}, files={"image": png(image)})
@@ -139,6 +192,10 @@ def test_models_say_what_they_take(http: httpx.Client) -> None:
     assert models["tiny"]["task"] == "generate"
     assert models["tiny:half"]["adaptor"] == "half"
     assert models["tiny-edit"]["strengths"] == [0.75, 0.5]
+    assert models["tiny-control"]["task"] == "control"
+    assert models["tiny-control"]["controlnet"] == "tiny-lines"
+    assert models["tiny-control"]["strengths"] == []
+    assert models["tiny-edit"]["controlnet"] is None
     assert models["tiny"]["height"] == {"own": 32, "min": 32, "max": 32, "multiple": 1}
     assert models["tiny"]["batch_sizes"][0] == 1
     assert "/" not in str(models)
@@ -157,6 +214,7 @@ def test_the_openapi_document_has_every_route(http: httpx.Client) -> None:
         "/hipa/edit": {"prompt", "image"},
         "/hipa/inpaint": {"prompt", "image", "mask"},
         "/hipa/upscale": {"image"},
+        "/hipa/control": {"prompt", "image"},
     }
     for path, names in needed.items():
         body = paths[path]["post"]["requestBody"]

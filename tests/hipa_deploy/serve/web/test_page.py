@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,6 +81,19 @@ def api_image(server: Server, **fields: Any) -> np.ndarray:
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         return pixels(answer.read())
+
+
+def api_control(server: Server, control_HWC: np.ndarray, **fields: str) -> np.ndarray:
+    """What the API itself makes of a control image, uint8 [H, W, 3]."""
+    answer = httpx.post(
+        f"{server.url}/hipa/control",
+        data={"prompt": PEAR, **fields},
+        files={"image": ("a.png", png(control_HWC), "image/png")},
+        headers={"accept": "image/png"},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    return pixels(answer.content)
 
 
 def pixels(file: bytes) -> np.ndarray:
@@ -348,6 +362,91 @@ def test_an_edit_with_a_strength_and_a_large_photo(page: Any) -> None:
     assert note == "400 x 300 pixels, cut to its centre and reduced: 64 x 64"
 
 
+def test_a_control_image_is_followed(page: Any, server: Server) -> None:
+    control_HWC = example_image(32, 32, number=3)
+    page.check("[value=control]", force=True)
+    assert page.inner_text("#source-title") == "Control image"
+    assert "tiny-lines" in page.inner_text("#control-help")
+    assert "control image" in page.inner_text("#empty")
+    assert page.is_hidden("#strength-field")
+    page.fill("#prompt", PEAR)
+    page.fill("#seed", "5")
+    with page.expect_request("**/hipa/control"):
+        give_image(page, png(control_HWC))
+    wait_for_image(page, PEAR, "5")
+    sent = form_parts(page)
+    assert sent["scale"] == "1"
+    np.testing.assert_array_equal(pixels(sent["image"]), control_HWC)
+    at_one = shown(page)
+    np.testing.assert_array_equal(at_one, api_control(server, control_HWC, scale="1", seed="5"))
+    # The slider by the keyboard: the image changes while it moves.
+    page.focus("#scale")
+    with page.expect_request(lambda request: "/hipa/control" in request.url):
+        page.keyboard.press("Home")
+    wait_for_image(page, PEAR, "5")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#scale-value") == "0.05"
+    page.wait_for_function("() => window.lastForm.some(([, value]) => value === '0.05')")
+    wait_for_image(page, PEAR, "5")
+    weak = shown(page)
+    np.testing.assert_array_equal(weak, api_control(server, control_HWC, scale="0.05", seed="5"))
+    assert (weak != at_one).any()
+    # The control image is compared with what followed it.
+    np.testing.assert_array_equal(shown(page, "#before"), control_HWC)
+    page.click("#make")
+    wait_for_image(page, PEAR, "5")
+    page.wait_for_selector("#history li:first-child button[aria-current]")
+    # The history gives the image, the control image and the scale back.
+    page.evaluate("document.querySelector('#scale').value = 2")
+    page.locator("#history button").first.click()
+    wait_for_image(page, PEAR, "5")
+    assert page.input_value("#scale") == "0.05"
+    page.wait_for_function("() => !document.querySelector('#source-image').hidden")
+    np.testing.assert_array_equal(shown(page, "#source-image"), control_HWC)
+
+
+def test_an_image_that_followed_another_is_edited_next(page: Any) -> None:
+    """It is no control image itself: edges were drawn for one."""
+    page.check("[value=control]", force=True)
+    page.fill("#prompt", PEAR)
+    drop_image(page, png(example_image(32, 32, number=3)))
+    wait_for_image(page, PEAR)
+    made = shown(page)
+    with page.expect_request("**/hipa/edit"):
+        page.click("#use")
+    wait_for_image(page, PEAR)
+    assert page.is_checked("[value=edit]")
+    assert page.inner_text("#source-title") == "Your image"
+    assert page.is_hidden("#control-help")
+    assert page.is_hidden("#scale-field")
+    np.testing.assert_array_equal(shown(page, "#source-image"), made)
+
+
+def test_the_colours_around_a_hole_are_matched_if_wanted(page: Any) -> None:
+    page.check("[value=inpaint]", force=True)
+    page.fill("#prompt", PEAR)
+    give_image(page, png(example_image(32, 32, number=3)))
+    page.wait_for_selector("#mask")
+    with page.expect_request("**/hipa/inpaint"):
+        paint(page, (0.25, 0.5), (0.75, 0.5))
+    wait_for_image(page, PEAR)
+    assert form_parts(page)["match"] == "true"
+    matched = shown(page)
+    with page.expect_request("**/hipa/inpaint"):
+        page.get_by_label("Match the colours around it").uncheck()
+    wait_for_image(page, PEAR)
+    assert form_parts(page)["match"] == "false"
+    assert (shown(page) != matched).any()
+    page.click("#make")
+    wait_for_image(page, PEAR)
+    page.wait_for_selector("#history li:first-child button[aria-current]")
+    page.evaluate("document.querySelector('#match').checked = true")
+    page.locator("#history button").first.click()
+    page.wait_for_function("() => !document.querySelector('#match').checked")
+    page.check("[value=edit]", force=True)
+    assert page.is_hidden("#match-field")
+
+
 def test_a_file_that_is_no_image_replaces_none_in_silence(page: Any) -> None:
     page.check("[value=edit]", force=True)
     page.fill("#prompt", PEAR)
@@ -440,17 +539,18 @@ def test_every_control_has_a_name(page: Any) -> None:
     assert nameless == []
 
 
+@pytest.mark.parametrize("task", ["inpaint", "control"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_and_nothing_scrolls_sideways(
-    browser: Any, server: Server, scheme: str
+    browser: Any, server: Server, scheme: str, task: str
 ) -> None:
     options = {"color_scheme": scheme, "viewport": PHONE, "reduced_motion": "reduce"}
     with open_page(browser, server.url, **options) as page:
-        page.check("[value=inpaint]", force=True)
+        page.check(f"[value={task}]", force=True)
         page.click("#settings summary")
         page.fill("#prompt", "word" * 40)  # a word that is wider than the screen
         give_image(page, png(example_image(32, 32, number=3)))
-        page.wait_for_selector("#mask")
+        page.wait_for_selector("#mask" if task == "inpaint" else "#source-image")
         page.evaluate("document.querySelector('#history').scrollIntoView()")
         page.fill("#seed", "x")
         page.wait_for_selector("#error")
