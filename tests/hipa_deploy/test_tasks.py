@@ -13,7 +13,13 @@ SHAPE = (2, 4, 3, 3)
 def inputs() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     mask_B1HW = (rng.random((2, 1, 3, 3)) < 0.5).astype(np.float32)
-    return {"noise": rng.normal(size=SHAPE), "source": rng.normal(size=SHAPE), "mask": mask_B1HW}
+    return {
+        "noise": rng.normal(size=SHAPE),
+        "source": rng.normal(size=SHAPE),
+        "mask": mask_B1HW,
+        "control": rng.integers(0, 256, (2, 24, 24, 3), np.uint8),
+        "control_scale": np.ones(2, np.float32),
+    }
 
 
 def test_closed_forms(inputs: dict[str, np.ndarray]) -> None:
@@ -21,6 +27,9 @@ def test_closed_forms(inputs: dict[str, np.ndarray]) -> None:
     assert np.array_equal(start_latents("upscale", inputs, 0.25), inputs["source"])
     edit = 0.5 * inputs["source"] + 0.75**0.5 * inputs["noise"]
     assert np.allclose(start_latents("edit", inputs, 0.25), edit)
+    # A ControlNet guides what starts from noise, and the noise of a method may be scaled.
+    started = start_latents("control", inputs, 0.25, noise_scale=3.0)
+    assert np.array_equal(started, 3.0 * inputs["noise"])
 
 
 def test_inpainting_keeps_the_source_outside_the_mask(inputs: dict[str, np.ndarray]) -> None:
