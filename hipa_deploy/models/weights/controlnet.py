@@ -8,18 +8,15 @@ say its configuration: it is the base UNet's, as the original training copies th
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-
-from hipa_deploy.disk.files import check_space, new_folder, user_cache
-from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.files import new_folder
 from hipa_deploy.errors import HipaError, as_line, brief, first_line, reason_of
+from hipa_deploy.models.weights.converted_once import converted_once
 from hipa_deploy.models.weights.load_part import check_part, load_part
 from hipa_deploy.models.weights.part_config import build, checked_values, read_config
 from hipa_deploy.models.weights.weight_file import is_pickled, load_tensors, read_layout
@@ -280,21 +277,9 @@ def _inner_names(names: Iterable[str]) -> dict[str, str]:
 
 def _converted(file: Path, model: Path) -> Path:
     """The folder of a ControlNet in one file, with the configuration of the model's UNet."""
-    _check_file(file)
     unet = read_config(model / "unet", CONFIG)
-    key = {"format": 1, "file": file_sha256(file), "unet": unet}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    out = user_cache() / "controlnets" / digest[:24] / file.stem
-    if not (out / CONFIG).is_file():
-        check_space(out, file.stat().st_size)
-        with Console(stderr=True).status(f"reading {escape(file.name)}"):
-            try:
-                _convert(file, unet, model, out)
-            except (HipaError, OSError):
-                # Another process may have converted the same file meanwhile. Its result is equal.
-                if not (out / CONFIG).is_file():
-                    raise
-    return out
+    convert = partial(_convert, file, unet, model)
+    return converted_once("controlnets", file, unet, file.stat().st_size, convert)
 
 
 def _convert(file: Path, unet: Mapping[str, Any], model: Path, out: Path) -> None:

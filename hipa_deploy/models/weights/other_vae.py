@@ -12,15 +12,13 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
-
-from hipa_deploy.disk.files import check_space, new_folder, scratch_folder, user_cache
-from hipa_deploy.disk.hashing import file_sha256
+from hipa_deploy.disk.files import new_folder, scratch_folder, user_cache
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
+from hipa_deploy.models.weights.converted_once import converted_once
 from hipa_deploy.models.weights.hub_cache import repository_name
 from hipa_deploy.models.weights.load_part import check_part
 from hipa_deploy.models.weights.part_config import build, defaults_of, known_values, read_config
@@ -160,19 +158,9 @@ def _converted(model: Path, file: Path) -> Path:
     shapes = _shapes(file, stored)
     _check_family(model, file, stored)
     values = _values(model / PART)
-    key = {"format": 1, "file": file_sha256(file), "config": values}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    out = user_cache() / "vaes" / digest[:24] / file.stem
-    if not (out / CONFIG).is_file():
-        check_space(out, file.stat().st_size // 2)
-        with Console(stderr=True).status(f"reading {escape(file.name)}"):
-            try:
-                _convert(file, shapes, values, out)
-            except (HipaError, OSError):
-                # Another process may have converted the same file meanwhile. Its result is equal.
-                if not (out / CONFIG).is_file():
-                    raise
-    return out
+    return converted_once(
+        "vaes", file, values, file.stat().st_size // 2, partial(_convert, file, shapes, values)
+    )
 
 
 def _stored(file: Path) -> dict[str, tuple[int, ...]]:
