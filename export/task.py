@@ -31,7 +31,7 @@ from hipa_deploy.models.one_step.one_step_method import (
     load_method,
     names_for,
 )
-from hipa_deploy.tasks import FROM_NOISE, Task, strength_timestep, takes_source, unet_inputs
+from hipa_deploy.tasks import Task, strength_timestep, takes_source, unet_inputs
 
 LAST_TIMESTEP = 999
 DEFAULT_STRENGTHS = (0.5,)
@@ -111,7 +111,7 @@ def choose_task(options: ExportOptions, model: ModelParts) -> TaskSettings:
 
     method = choose_method(options, model.config, metadata)
     if method is not None:
-        if task not in FROM_NOISE:
+        if takes_source(task):
             raise HipaError(
                 f"one-step method {method.name} is for the task generate, this is {task}. "
                 "Leave out --one-step, or use an adaptor that was trained for the task."
@@ -227,7 +227,7 @@ def step_warning(options: ExportOptions, settings: TaskSettings, model: ModelPar
                 f"{config.folder} says {config.prediction_type}: {said} is used."
             )
         return None
-    if options.one_step is not None or settings.task not in FROM_NOISE:
+    if options.one_step is not None or takes_source(settings.task):
         return None
     names = ", ".join(names_for(config))
     if options.adaptor is not None and not (options.adaptor / METADATA).exists():

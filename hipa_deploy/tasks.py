@@ -38,12 +38,12 @@ STEP_INPUTS: dict[Task, tuple[str, ...]] = {
     "upscale": ("source",),
     "control": ("noise", "control", "control_scale"),
 }
-# They start from noise alone, and run any method's step.
-FROM_NOISE: tuple[Task, ...] = ("generate", "control")
 
 
 def takes_source(task: Task) -> bool:
     """Whether a task starts from the latents of a source image, which the VAE encodes.
+
+    The others start from noise alone, and run any method's step.
 
     Example:
         >>> takes_source("edit"), takes_source("control")
@@ -121,7 +121,7 @@ def start_latents(
         noise_scale: of the tasks generate and control, what the noise is multiplied by.
 
     """
-    if task in FROM_NOISE and noise_scale != 1:
+    if not takes_source(task) and noise_scale != 1:
         return noise_scale * inputs["noise"]
     if task == "edit":
         return alpha_bar**0.5 * inputs["source"] + (1 - alpha_bar) ** 0.5 * inputs["noise"]
