@@ -59,12 +59,7 @@ def queue_full(seconds: int) -> ApiError:
         seconds: after which to try again.
 
     """
-    return ApiError(
-        429,
-        f"Too many images are waiting. Try again in {seconds} seconds.",
-        "rate_limit_exceeded",
-        headers={"retry-after": str(seconds)},
-    )
+    return _too_many("images are waiting", seconds)
 
 
 def too_many_uploads(seconds: int) -> ApiError:
@@ -74,9 +69,13 @@ def too_many_uploads(seconds: int) -> ApiError:
         seconds: after which to try again.
 
     """
+    return _too_many("uploads are under way", seconds)
+
+
+def _too_many(what: str, seconds: int) -> ApiError:
     return ApiError(
         429,
-        f"Too many uploads are under way. Try again in {seconds} seconds.",
+        f"Too many {what}. Try again in {seconds} seconds.",
         "rate_limit_exceeded",
         headers={"retry-after": str(seconds)},
     )
