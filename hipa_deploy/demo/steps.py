@@ -35,13 +35,48 @@ def choose_folder(identity: dict[str, Any]) -> Path:
 
     A folder of a demo with the same identity is not taken: that demo is continued.
     """
-    content = _marker_content(identity)
-    for number in count(1):
-        out = DEFAULT if number == 1 else DEFAULT.with_name(f"{DEFAULT.name}-{number}")
-        marker = out / MARKER
-        if not os.path.lexists(out) or (marker.is_file() and marker.read_bytes() == content):
+    for out in _default_folders():
+        if not os.path.lexists(out) or _is_of(out, identity):
             return out
-    raise AssertionError  # count has no end
+    raise AssertionError  # they have no end
+
+
+def begun_folder(out: Path | None, identities: Sequence[dict[str, Any]]) -> tuple[Path, int] | None:
+    """A folder in which one of several demos was begun, and the number of that demo.
+
+    Args:
+        out: the folder; None looks at those that ``choose_folder`` would give.
+        identities: as for ``open_folder``, one a demo.
+
+    Returns:
+        None where none was begun.
+
+    Raises:
+        HipaError: ``out`` holds a demo with another identity.
+
+    """
+    for folder in [out] if out is not None else _default_folders():
+        for number, identity in enumerate(identities):
+            if _is_of(folder, identity):
+                return folder, number
+        if not os.path.lexists(folder):
+            return None
+    if out is not None and (out / MARKER).exists():
+        raise _other_demo(out)
+    return None
+
+
+def _default_folders() -> Iterator[Path]:
+    """demo, demo-2, demo-3 and so on, without an end."""
+    yield DEFAULT
+    for number in count(2):
+        yield DEFAULT.with_name(f"{DEFAULT.name}-{number}")
+
+
+def _is_of(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether a demo with this identity was begun in a folder."""
+    marker = folder / MARKER
+    return marker.is_file() and marker.read_bytes() == _marker_content(identity)
 
 
 def _marker_content(identity: dict[str, Any]) -> bytes:
@@ -64,13 +99,17 @@ def open_folder(out: Path, identity: dict[str, Any]) -> None:
     if marker.exists():
         # Adaptor and bundle in the folder are kept as they are; they must be of this very demo.
         if marker.read_bytes() != content:
-            raise HipaError(
-                f"{out} holds a demo of another model or with other options. "
-                "Remove it, or choose another --out."
-            )
+            raise _other_demo(out)
         return
     check_folder(out)
     write_file(marker, content)
+
+
+def _other_demo(out: Path) -> HipaError:
+    return HipaError(
+        f"{out} holds a demo of another model or with other options. "
+        "Remove it, or choose another --out."
+    )
 
 
 def check_folder(out: Path) -> None:

@@ -12,6 +12,7 @@ text encoder.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -112,19 +113,8 @@ class TrainingPrediction:
 
     @property
     def sampler_batches(self) -> float:
-        """How often the teacher's sampler runs through a batch, held-out images included.
-
-        An edit takes its strength's share of a run.
-        """
-        source = self.recipe.source
-        edit = 0.0
-        if self.recipe.task == "edit":
-            edit = sum(source.strengths) / len(source.strengths)
-        runs = images_made(self.recipe) + edits_made(self.recipe) * edit
-        # The teacher makes the images of held-out prompts, and edits each of them once.
-        if self.held_out is not None:
-            runs += self.recipe.held_out.count * (1 + edit)
-        return runs / self.recipe.teacher.batch
+        """How often the teacher's sampler runs through a batch."""
+        return sampler_batches(self.recipe)
 
     @property
     def pairs_flops(self) -> float:
@@ -134,8 +124,7 @@ class TrainingPrediction:
     @property
     def training_flops(self) -> float:
         """Operations of all optimiser steps, and of the held-out measurements among them."""
-        warm_up = min(self.recipe.loss.latent_warmup_steps, self.recipe.steps)
-        decoded = self.recipe.steps - warm_up
+        warm_up, decoded = step_counts(self.recipe)
         target = self.target.flops if self.target else 0
         fake = self.fake.flops if self.fake else 0
         held_out = self.held_out.flops if self.held_out else 0
@@ -253,6 +242,44 @@ def measure_steps(recipe: Recipe, model_dir: Path, repeats: int = 3) -> dict[str
         seconds = [_seconds(call) for _ in range(repeats + 1)]
         fastest[name] = min(seconds[1:])
     return fastest
+
+
+def call_counts(recipe: Recipe) -> dict[str, float]:
+    """How often a training makes each call that ``measure_steps`` times, by the same names."""
+    warm_up, decoded = step_counts(recipe)
+    counts = {
+        "teacher call": recipe.teacher.steps * sampler_batches(recipe),
+        "warm-up step": warm_up,
+        "step": decoded,
+    }
+    if recipe.score.learns:
+        counts["fake score"] = decoded
+    if recipe.held_out.prompts:
+        pieces = math.ceil(recipe.held_out.count / recipe.held_out_rows)
+        counts["held-out rows"] = recipe.measurements * pieces
+    return counts
+
+
+def step_counts(recipe: Recipe) -> tuple[int, int]:
+    """Optimiser steps of the latent warm-up, and those after it, which decode."""
+    warm_up = min(recipe.loss.latent_warmup_steps, recipe.steps)
+    return warm_up, recipe.steps - warm_up
+
+
+def sampler_batches(recipe: Recipe) -> float:
+    """How often the teacher's sampler runs through a batch, held-out images included.
+
+    An edit takes its strength's share of a run.
+    """
+    source = recipe.source
+    edit = 0.0
+    if recipe.task == "edit":
+        edit = sum(source.strengths) / len(source.strengths)
+    runs = images_made(recipe) + edits_made(recipe) * edit
+    # The teacher makes the images of held-out prompts, and edits each of them once.
+    if recipe.held_out.prompts:
+        runs += recipe.held_out.count * (1 + edit)
+    return runs / recipe.teacher.batch
 
 
 def images_made(recipe: Recipe) -> int:

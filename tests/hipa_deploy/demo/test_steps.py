@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hipa_deploy.demo.steps import MARKER, alone_in, choose_folder, open_folder, print_summary
+from hipa_deploy.demo.steps import (
+    MARKER,
+    alone_in,
+    begun_folder,
+    choose_folder,
+    open_folder,
+    print_summary,
+)
 from hipa_deploy.errors import HipaError
 
 
@@ -60,6 +67,22 @@ def test_without_a_name_the_first_folder_that_fits_is_taken(
     Path("demo-2").mkdir()
     (tmp_path / "demo-2" / "photo").touch()
     assert choose_folder({"task": "inpaint"}) == Path("demo-3")
+
+
+def test_a_demo_that_was_begun_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it trains: the pace of another day may choose another length."""
+    monkeypatch.chdir(tmp_path)
+    demos = [{"steps": 500}, {"steps": 340}]
+    assert begun_folder(None, demos) is None
+    open_folder(Path("demo"), {"task": "edit"})
+    open_folder(Path("demo-2"), demos[1])
+    assert begun_folder(None, demos) == (Path("demo-2"), 1)
+    assert begun_folder(Path("demo-2"), demos) == (Path("demo-2"), 1)
+    assert begun_folder(Path("new"), demos) is None
+    with pytest.raises(HipaError, match="another model or with other options"):
+        begun_folder(Path("demo"), demos)
 
 
 def test_two_demos_in_one_folder(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +12,13 @@ from PIL import Image
 from rich.console import Console
 
 from hipa_deploy.bundle.folder import Bundle
-from hipa_deploy.demo import contact_sheet, steps
+from hipa_deploy.demo import contact_sheet, steps, training_length
 from hipa_deploy.demo import training_demo as demo
 from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, LINE_HEIGHT, PROMPT_WIDTH
 from hipa_deploy.demo.steps import MARKER
 from hipa_deploy.engines.store.sidecar import find_sidecars
 from hipa_deploy.errors import HipaError, MissingDependencyError
-from hipa_deploy.train.model import mixed_precision
+from hipa_deploy.train.prediction import training_cost
 
 
 @pytest.mark.slow
@@ -32,7 +31,7 @@ def test_demo_writes_what_it_says(
     monkeypatch.setattr(contact_sheet, "SHEET_ROWS", 4)
     monkeypatch.setattr(steps, "LATENCY_RUNS", 5)
     monkeypatch.setattr(steps, "LATENCY_SECONDS", 0.0)
-    monkeypatch.setattr(demo, "QUICK", demo.QUICK | short)
+    monkeypatch.setattr(training_length, "QUICK", training_length.QUICK | short)
     out = tmp_path / "demo"
     demo.run_demo(out, quick=True, console=console)
     text = console.export_text()
@@ -54,15 +53,35 @@ def test_demo_writes_what_it_says(
     assert (out / "adaptor/pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize(("bfloat16", "length"), [(True, demo.FULL), (False, demo.FLOAT32)])
-def test_a_cpu_without_bfloat16_trains_a_shorter_demo(
-    monkeypatch: pytest.MonkeyPatch, bfloat16: bool, length: dict[str, Any]
+@pytest.mark.parametrize(("slowness", "number"), [(0.1, 0), (1.0, 1), (100.0, 2)])
+def test_the_training_is_as_long_as_the_pace_allows(
+    monkeypatch: pytest.MonkeyPatch, console: Console, slowness: float, number: int
 ) -> None:
+    """Of three lengths: the first that ends in time, and the last on the slowest machine."""
+    pace = {"teacher call": slowness, "warm-up step": slowness / 2, "step": slowness}
+    monkeypatch.setattr(training_cost, "measure_steps", lambda *arguments: pace)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(mixed_precision, "_cpu_computes_in", lambda precision: bfloat16)
-    recipe = demo._recipe(quick=False)
-    assert recipe.steps == length["steps"]
-    assert recipe.loss.latent_warmup_steps == length["loss.latent_warmup_steps"]
+    recipes = training_length.training_recipes()
+    # 512 / 32 batches of 15 calls, 150 and 350 steps; then 384 / 32 of 15, 110 and 230.
+    longest, middle = 240 + 75 + 350, 180 + 55 + 230
+    assert training_length.longest_within(recipes, longest - 1, console) is recipes[number]
+    assert middle < longest - 1
+
+
+def test_a_gpu_trains_the_longest_demo_and_no_pace_is_measured(
+    monkeypatch: pytest.MonkeyPatch, console: Console
+) -> None:
+    monkeypatch.setattr(training_cost, "measure_steps", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    recipes = training_length.training_recipes()
+    assert training_length.longest_within(recipes, 1.0, console) is recipes[0]
+
+
+def test_the_pace_is_measured_here(console: Console) -> None:
+    recipe = training_length.quick_recipe()
+    shorter = recipe.model_copy(update={"steps": 1})
+    # No machine trains in a microsecond.
+    assert training_length.longest_within([recipe, shorter], 1e-6, console) is shorter
 
 
 def test_a_folder_of_something_else_is_not_touched(tmp_path: Path, console: Console) -> None:
