@@ -44,6 +44,7 @@ from hipa_deploy.train.loop.run import Run, check_extends, loss_state
 from hipa_deploy.train.loop.run_lock import one_run_at_a_time
 from hipa_deploy.train.loop.scalars import log_in
 from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
+from hipa_deploy.train.losses.alignment import load_alignment, scorer_identity
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
 from hipa_deploy.train.model.encoder_adaptor import load_encoder_weights
@@ -128,6 +129,7 @@ def train_adaptor(
 
     # The loss comes before the model: code of a user's own that cannot be used fails now.
     loss = hipa_loss(recipe.loss, alone=not recipe.compares_distributions)
+    alignment = load_alignment(recipe.alignment)
 
     # Before gigabytes are loaded, and before the teacher's images.
     if initial_adaptor is not None:
@@ -179,6 +181,8 @@ def train_adaptor(
     # They come before the teacher pairs so that a checkpoint of another recipe is refused at once,
     # not after hours of sampling.
     loss = loss.to(model.device)
+    if alignment is not None:
+        alignment = alignment.to(model.device)
     distribution = distribution_terms(model, recipe)
     optimizer = new_optimizer(weights, loss, recipe.optimiser, distribution)
     run = Run(
@@ -283,13 +287,17 @@ def train_adaptor(
 
         # Decoding, forward and backward, is two thirds of a step's time: it happens only where an
         # image term needs it.
+        if alignment is not None or (target_latents is not None and loss.needs_images):
+            images = examples.composite(decode(part(latents)), rows)
         if target_latents is None:
             total, terms = latents.new_zeros(()), {}
         elif loss.needs_images:
-            images = examples.composite(decode(part(latents)), rows)
             total, terms = loss(images, target_images, latents, target_latents)
         else:
             total, terms = loss.latent_loss(latents, target_latents)
+        if alignment is not None:
+            terms["alignment"] = alignment(images, examples.prompts(rows))
+            total = total + recipe.alignment.weight * terms["alignment"]
         if distribution is None:
             return total, terms
 
@@ -353,6 +361,7 @@ def _further_identity(recipe: Recipe, model: DiffusionModel) -> dict[str, Any]:
         "source_prompts_sha256": _lines_sha256(shown) if shown else None,
         "source_images_sha256": source,
         "real_images_sha256": real,
+        "scorer": scorer_identity(recipe.alignment),
     }
 
 

@@ -20,6 +20,7 @@ from hipa_deploy.models.style import Style
 from hipa_deploy.models.weights.load_part import check_weights
 from hipa_deploy.train.data.captions import folder_captions, image_paths
 from hipa_deploy.train.data.edit_prompts import check_related
+from hipa_deploy.train.losses.clip_folder import FETCH_CLIP, SCORER, check_clip_folder
 from hipa_deploy.train.recipes.recipe import (
     DecoderRecipe,
     Recipe,
@@ -54,9 +55,9 @@ def check_request(
         style: LoRAs and embeddings of the model.
 
     Raises:
-        HipaError: prompts or images are missing or cannot be read; sizes or the timestep do not
-            fit the model; an adaptor or a LoRA is missing, damaged or does not fit the model or the
-            recipe; or the model is incomplete.
+        HipaError: prompts, images or a scorer are missing or cannot be read; sizes or the timestep
+            do not fit the model; an adaptor or a LoRA is missing, damaged or does not fit the model
+            or the recipe; or the model is incomplete.
 
     """
     prompts = read_prompts(recipe, model)
@@ -73,6 +74,8 @@ def check_request(
         image_paths(recipe.source_folder)
     if isinstance(recipe, Recipe) and recipe.latent_discriminator.real_images:
         image_paths(Path(recipe.latent_discriminator.real_images))
+    if isinstance(recipe, Recipe):
+        _check_scorer(recipe)
     _check_files(recipe, model, config, start, style)
 
 
@@ -89,14 +92,15 @@ def check_dry_run(recipe: Recipe, model: Path, start: Path | None, style: Style)
 
     Raises:
         HipaError: the configuration cannot be read; the recipe's resolution or timestep does not
-            fit it; or, where the weights are there, an adaptor or a LoRA is damaged or does not
-            fit.
+            fit it; its scorer is no folder of a CLIP; or, where the weights are there, an adaptor
+            or a LoRA is damaged or does not fit.
 
     """
     config = early_config(model)
     _check_size(recipe, config)
     _check_timestep(recipe, config, start)
     check_held_out(recipe, config)
+    _check_scorer(recipe)
     try:
         check_weights(model)
     except HipaError:
@@ -154,6 +158,13 @@ def with_captions(recipe: Recipe, prompts: list[str]) -> list[str]:
         *prompts,
         *folder_captions(recipe.source_folder, image_paths(recipe.source_folder), quiet),
     ]
+
+
+def _check_scorer(recipe: Recipe) -> None:
+    """Raise HipaError where the recipe names a scorer's folder that is none of a CLIP."""
+    settings = recipe.alignment
+    if settings.weight and settings.scorer and not settings.is_code:
+        check_clip_folder(Path(settings.scorer), SCORER, FETCH_CLIP)
 
 
 def _check_size(recipe: Recipe | DecoderRecipe, config: EarlyConfig) -> None:

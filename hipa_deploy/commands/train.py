@@ -196,6 +196,8 @@ def train(
     with code_allowed(allow_code):
         check_allowed("backbone", chosen.loss.backbone)
         check_allowed("loss", chosen.loss.custom or "")
+        if isinstance(chosen, Recipe) and chosen.alignment.is_code:
+            check_allowed("scorer", chosen.alignment.scorer or "")
         folder = model_folder(model, config, vae)
         if dry_run:
             assert isinstance(chosen, Recipe)  # a decoder's was refused above

@@ -30,7 +30,7 @@ from hipa_deploy.tasks import Task
 
 TAGS = ("lora", "one-step", "hipa")
 # Keys of a recipe that name a file or a folder of the one who trained.
-PATHS = ("images", "prompts", "real_images")
+PATHS = ("images", "prompts", "real_images", "scorer")
 LAST_TIMESTEP = 999  # of Stable Diffusion's schedule, where DDIM's one step starts
 EXAMPLES: dict[Task, str] = {
     "generate": 'hipa-generate my-bundle "a lighthouse" --out image.png',
@@ -181,7 +181,7 @@ def _recipe(metadata: AdaptorMetadata, base: BaseModel) -> dict[str, object]:
     }
     if metadata.strengths:
         rows["strengths"] = ", ".join(f"{strength:g}" for strength in metadata.strengths)
-    tables = ["teacher", "loss", "optimiser", "score", "latent_discriminator"]
+    tables = ["teacher", "loss", "optimiser", "score", "latent_discriminator", "alignment"]
     if metadata.task != "generate":
         tables.insert(0, "source")
     for name in tables:

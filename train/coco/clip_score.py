@@ -15,15 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hipa_deploy.disk.hashing import files_sha256
-from hipa_deploy.errors import as_line
-from hipa_deploy.train.coco.coco_request import clip_weights
-from hipa_deploy.train.coco.protocol import FETCH_CLIP
-
-
-def clip_sha256(folder: Path) -> str:
-    """Hash of a CLIP's configuration and weights."""
-    return files_sha256(folder, [folder / "config.json", *clip_weights(folder)])
+from hipa_deploy.train.coco.protocol import FETCH_PEERS_CLIP
+from hipa_deploy.train.losses.clip_folder import clip_config, load_clip
 
 
 def clip_size(folder: Path) -> tuple[int, int, int]:
@@ -33,10 +26,7 @@ def clip_size(folder: Path) -> tuple[int, int, int]:
         HipaError: the folder has no configuration of a CLIP.
 
     """
-    from transformers import CLIPConfig
-
-    with as_line(f"--clip {folder} cannot be loaded", f"Fetch it: {FETCH_CLIP}"):
-        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+    config = clip_config(folder, "--clip", FETCH_PEERS_CLIP)
     vision = config.vision_config
     return vision.hidden_size, vision.num_hidden_layers, config.projection_dim
 
@@ -60,13 +50,8 @@ class ClipScore:
     """
 
     def __init__(self, folder: Path, device: str | torch.device, prefix: str) -> None:
-        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-        with as_line(f"--clip {folder} cannot be loaded", f"Fetch it: {FETCH_CLIP}"):
-            model = CLIPModel.from_pretrained(folder, local_files_only=True)
-            self._model = model.float().eval().to(device)
-            self._tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-            self._images = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+        self._clip = load_clip(folder, "--clip", FETCH_PEERS_CLIP)
+        self._model = self._clip.model.to(device)
         self._device = device
         self._prefix = prefix
 
@@ -83,15 +68,9 @@ class ClipScore:
 
         """
         texts = [self._prefix + caption for caption in captions]
-        tokens = self._tokenizer(
-            texts,
-            padding="max_length",
-            max_length=self._model.config.text_config.max_position_embeddings,
-            truncation=True,
-            return_tensors="pt",
-        )
+        tokens = self._clip.tokens(texts)
         pictures = [Image.fromarray(image) for image in images_BHWC]
-        pixels = self._images(images=pictures, return_tensors="pt")["pixel_values"]
+        pixels = self._clip.processor(images=pictures, return_tensors="pt")["pixel_values"]
         made = self._model(
             input_ids=tokens["input_ids"].to(self._device),
             attention_mask=tokens["attention_mask"].to(self._device),

@@ -12,12 +12,13 @@ from hipa_deploy.train.coco.coco_folder import find_sets
 from hipa_deploy.train.coco.parts import Shard
 from hipa_deploy.train.coco.protocol import (
     CLIP_PREFIX,
-    FETCH_CLIP,
+    FETCH_PEERS_CLIP,
     INCEPTION_URL,
     RESOLUTION,
     CocoSet,
     ReferenceSet,
 )
+from hipa_deploy.train.losses.clip_folder import check_clip_folder
 
 MAX_RESOLUTION = 1024
 MAX_BATCH = 64
@@ -94,7 +95,7 @@ def check_coco(wishes: CocoWishes, out: Path | None, prompts: Path | None) -> Co
     found = find_sets(wishes.folder, wishes.year)
     check_captions(wishes.captions)
     if wishes.clip is not None:
-        check_clip_folder(wishes.clip)
+        check_clip_folder(wishes.clip, "--clip", FETCH_PEERS_CLIP)
     if wishes.inception is not None:
         check_inception(wishes.inception)
     if prompts is not None:
@@ -154,27 +155,3 @@ def check_inception(path: Path | None) -> Path:
     if not path.is_file():
         raise HipaError(f"--inception {path} is no file. {fetch}")
     return path
-
-
-def check_clip_folder(folder: Path) -> None:
-    """Check that a folder looks like a CLIP of transformers.
-
-    Raises:
-        HipaError: it does not; the message holds the command that fetches the peers' one.
-
-    """
-    if not (folder / "config.json").is_file() or not clip_weights(folder):
-        raise HipaError(
-            f"--clip {folder} is no folder of transformers' CLIP (config.json and weights). "
-            f"Fetch the one that the peers use: {FETCH_CLIP}"
-        )
-
-
-def clip_weights(folder: Path) -> list[Path]:
-    """The files of weights that transformers reads from a CLIP's folder."""
-    # open_clip's own file lies in the same repositories, and transformers does not read it.
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        found = sorted(folder.glob(pattern))
-        if found:
-            return found
-    return []

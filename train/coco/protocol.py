@@ -35,7 +35,9 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 # The peers' code calls it ViT-G/14 and loads open_clip's ViT-g-14, laion2b_s12b_b42k.
 CLIP_HUB_ID = "laion/CLIP-ViT-g-14-laion2B-s12B-b42K"
 CLIP_SIZE = (1408, 40, 1024)  # of ViT-g-14
-FETCH_CLIP = f"hf download {CLIP_HUB_ID} --local-dir clip-vit-g-14"
+FETCH_PEERS_CLIP = (
+    f"Fetch the one that the peers use: hf download {CLIP_HUB_ID} --local-dir clip-vit-g-14"
+)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from hipa_deploy.disk.locks import locked
 from hipa_deploy.errors import StoppedError
 from hipa_deploy.interrupts import interrupting_signal
 from hipa_deploy.models.model_config import ModelConfig
-from hipa_deploy.train.coco.clip_score import clip_sha256, clip_size
+from hipa_deploy.train.coco.clip_score import clip_size
 from hipa_deploy.train.coco.coco_folder import CocoData
 from hipa_deploy.train.coco.coco_report import (
     CocoReport,
@@ -41,6 +41,7 @@ from hipa_deploy.train.coco.parts import (
 )
 from hipa_deploy.train.coco.protocol import FIRST_SEED, Protocol
 from hipa_deploy.train.evaluation.contenders import Contender
+from hipa_deploy.train.losses.clip_folder import clip_sha256
 from hipa_deploy.train.recipes.recipe import TeacherSettings
 
 BYTES_A_PIXEL = 1.0  # of a PNG; that of a photograph has about 1.7

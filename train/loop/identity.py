@@ -17,8 +17,8 @@ from hipa_deploy.disk.reading import shown
 from hipa_deploy.errors import HipaError, as_line, brief
 from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
-# Settings that a run may change when it goes on: they do not decide what a step does. Prompts
-# and real images are compared by their hash instead, wherever their files lie.
+# Settings that a run may change when it goes on: they do not decide what a step does. Prompts,
+# real images and a scorer are compared by their hash instead, wherever their files lie.
 CHANGEABLE_SETTINGS = (
     "steps",
     "checkpoint_every",
@@ -30,6 +30,7 @@ CHANGEABLE_SETTINGS = (
     "prompts",
     "prompts_column",
     "latent_discriminator.real_images",
+    "alignment.scorer",
 )
 CHANGEABLE_TABLE = "held_out."  # it measures the steps, and changes none
 # The parts of a run's identity beside its recipe, and what a message calls another value of each.
@@ -50,6 +51,7 @@ FURTHER_IDENTITY = {
     "source_prompts_sha256": "other prompts in source.prompts",
     "source_images_sha256": "other images or captions in source.images",
     "real_images_sha256": "other images or captions in latent_discriminator.real_images",
+    "scorer": "another alignment.scorer",
 }
 # Keys of a recipe that are paths, with their table.
 PATHS = (
@@ -58,6 +60,7 @@ PATHS = (
     ("source", "images"),
     ("latent_discriminator", "real_images"),
     ("held_out", "prompts"),
+    ("alignment", "scorer"),
 )
 MAY_CHANGE = (
     "A run that goes on may change steps, checkpoint_every, sample_every, samples, micro_batch, "

@@ -20,10 +20,12 @@ from hipa_deploy.train.prediction.simulated_training import CPU
 from hipa_deploy.train.prediction.training_cost import (
     TrainingCost,
     TrainingPrediction,
+    call_counts,
     edits_made,
     images_made,
     measure_steps,
     predict_training,
+    step_counts,
 )
 from hipa_deploy.train.recipes.recipe import MixedPrecision, Recipe, read_prompts
 
@@ -238,11 +240,15 @@ def doubts(prediction: TrainingPrediction, prompt_count: int | None) -> list[str
             "predicts epsilon: hardly any signal is left to compute x0 from. Expected at least "
             f"{LEAST_SIGNAL:g}: choose an earlier timestep."
         )
-    if recipe.loss.custom:
-        found.append(
-            f"the cost of the loss {recipe.loss.custom} is not known, and not counted: expected "
-            "somewhat more time and memory than is said below."
-        )
+    own = {"loss": recipe.loss.custom}
+    if recipe.alignment.is_code:
+        own["scorer"] = recipe.alignment.scorer
+    for what, name in own.items():
+        if name:
+            found.append(
+                f"the cost of the {what} {name} is not known, and not counted: expected somewhat "
+                "more time and memory than is said below."
+            )
     found += _made_for_nothing(recipe)
     return found
 
@@ -264,7 +270,7 @@ def _made_for_nothing(recipe: Recipe) -> list[str]:
 def cost_table(prediction: TrainingPrediction) -> Table:
     """Operations of all processes, memory of one of them, and how often each work is done."""
     recipe = prediction.recipe
-    warm_up, decoded = _steps(recipe)
+    warm_up, decoded = step_counts(recipe)
     precisions = f"pairs {_name(recipe.teacher.mixed_precision)}, "
     precisions += f"steps {_name(recipe.mixed_precision)}"
     table = Table("", title=f"Predicted; memory with the weights included; {precisions}")
@@ -295,11 +301,14 @@ def cost_table(prediction: TrainingPrediction) -> Table:
 
 def _step_title(recipe: Recipe) -> str:
     """What an optimiser step after the warm-up does."""
-    title = "step, decoded" if recipe.loss.has_image_terms else "step"
+    decodes = recipe.loss.has_image_terms or recipe.alignment.weight
+    title = "step, decoded" if decodes else "step"
     if recipe.score.weight:
         title += ", score"
     if recipe.latent_discriminator.weight:
         title += ", latent discriminator"
+    if recipe.alignment.weight:
+        title += ", alignment"
     return title
 
 
@@ -377,28 +386,10 @@ def measured_table(prediction: TrainingPrediction, seconds: Mapping[str, float])
         seconds: As ``measure_steps`` returns them.
 
     """
-    recipe = prediction.recipe
-    warm_up, decoded = _steps(recipe)
-    times = {
-        "teacher call": recipe.teacher.steps * prediction.sampler_batches,
-        "warm-up step": warm_up,
-        "step": decoded,
-    }
-    if prediction.fake:
-        times["fake score"] = decoded
-    if prediction.held_out:
-        pieces = math.ceil(recipe.held_out.count / recipe.held_out_rows)
-        times["held-out rows"] = recipe.measurements * pieces
     table = Table("", title="Measured on this machine's CPU, random weights")
     for heading in ("seconds", "how often", "minutes in all"):
         table.add_column(heading, justify="right")
-    for name, count in times.items():
+    for name, count in call_counts(prediction.recipe).items():
         minutes = seconds[name] * count / 60
         table.add_row(name, f"{seconds[name]:.3f}", f"{count:,.0f}", f"{minutes:.1f}")
     return table
-
-
-def _steps(recipe: Recipe) -> tuple[int, int]:
-    """Optimiser steps of the latent warm-up, and those after it, which decode."""
-    warm_up = min(recipe.loss.latent_warmup_steps, recipe.steps)
-    return warm_up, recipe.steps - warm_up

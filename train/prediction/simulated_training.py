@@ -25,6 +25,7 @@ from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.tasks import STEP_INPUTS
 from hipa_deploy.train.data.crops import check_crop, cropped
 from hipa_deploy.train.distribution.terms import DistributionTerms, check_distribution_terms
+from hipa_deploy.train.losses.alignment import ClipScorer, unloaded_scorer
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
 from hipa_deploy.train.losses.lite0 import Lite0
@@ -148,6 +149,7 @@ class SimulatedTraining:
         recipe: The training's recipe.
         weights: The trainable parameters by name.
         loss: The recipe's loss.
+        scorer: The CLIP of the recipe's alignment; None without one, and for a user's own.
         distribution: The recipe's terms that compare distributions, if any.
 
     """
@@ -159,6 +161,7 @@ class SimulatedTraining:
         self.weights = add_adaptors(model, recipe)
         self._step_costs: dict[tuple[int, bool, bool], TrainingCost] = {}
         self.loss = _loss(recipe)
+        self.scorer = _scorer(recipe)
         self.held_out = _DistanceNetworks() if recipe.held_out.prompts else None
         self.unet = in_precision(model.unet, recipe.mixed_precision, CPU, emulated=emulated)
         vae_precision = decoder_precision(recipe, model.config)
@@ -191,17 +194,27 @@ class SimulatedTraining:
         target = self._latents(rows)
         if not decoded:
             total, _ = self.loss.warmup_loss(latents, target)
-        elif self.loss.needs_images:
-            image = self.decode(self._decoded_part(latents))
-            total, _ = self.loss(image, torch.rand_like(image), latents, target)
-        elif self.recipe.needs_targets:
-            total, _ = self.loss.latent_loss(latents, target)
         else:
-            total = latents.new_zeros(())
+            total = self._image_terms(latents, target)
         if decoded and self.distribution is not None:
             total = total + self._beside(self.distribution, latents, target)
         total.backward()
         self._forget_gradients()
+
+    def _image_terms(self, latents: Tensor, target: Tensor) -> Tensor:
+        """The terms of a step after the warm-up, without those that compare distributions."""
+        total = latents.new_zeros(())
+        if self.loss.needs_images or self.recipe.alignment.weight:
+            image = self.decode(self._decoded_part(latents))
+        if self.loss.needs_images:
+            total, _ = self.loss(image, torch.rand_like(image), latents, target)
+        elif self.recipe.needs_targets:
+            total, _ = self.loss.latent_loss(latents, target)
+        if self.scorer is not None:
+            total = total + self.scorer.embedded(image).mean()
+        elif self.recipe.alignment.weight:
+            total = total + image.mean()  # a user's own: decoded for it, and what it costs unknown
+        return total
 
     def fake_steps(self, rows: int) -> None:
         """The steps of the fake score after one of the student, of ``rows`` rows."""
@@ -220,6 +233,8 @@ class SimulatedTraining:
     def own_modules(self) -> list[nn.Module]:
         """The modules beside the model's parts."""
         modules: list[nn.Module] = [self.loss]
+        if self.scorer is not None:
+            modules.append(self.scorer)
         if self.held_out is not None:
             modules.append(self.held_out)
         if self.distribution is not None and self.distribution.discriminator is not None:
@@ -456,6 +471,17 @@ class _DistanceNetworks(nn.Module):
         self.lite0.pooled(student_BCHW)
         self.lite0.pooled(teacher_BCHW)
         return self.dists(student_BCHW, teacher_BCHW)
+
+
+def _scorer(recipe: Recipe) -> ClipScorer | None:
+    """The CLIP of ``alignment`` with drawn weights; None without one, and for a user's own scorer.
+
+    Its text part is not counted: it has no backward pass, and is small beside the UNet.
+    """
+    settings = recipe.alignment
+    if not settings.weight or settings.is_code:
+        return None
+    return unloaded_scorer(Path(settings.scorer or ""))
 
 
 def _zero_lite0() -> Lite0:

@@ -19,6 +19,7 @@ from hipa_deploy.disk.reading import read_toml, shown
 from hipa_deploy.errors import HipaError, brief
 from hipa_deploy.generate.prompt_files import read_prompt_file
 from hipa_deploy.tasks import TrainedTask
+from hipa_deploy.train.recipes.alignment_settings import AlignmentSettings, is_code
 from hipa_deploy.train.recipes.distribution_settings import (
     LatentDiscriminatorSettings,
     ScoreSettings,
@@ -33,6 +34,7 @@ INCLUDED_PREFIX = "included:"  # of a prompt file that the package contains, bes
 HELD_OUT_ROWS = 8  # images that go through the networks at once, beside a training's own memory
 MixedPrecision = Literal["no", "bf16", "fp16"]
 CROPPED = ("generate", "edit")  # the tasks whose targets are the teacher's latents
+PROMPTED = ("generate", "edit")  # the tasks whose prompt says what the whole image shows
 
 
 class AdaptorSettings(Settings):
@@ -264,6 +266,8 @@ class Recipe(_TrainingSettings):
     """Score distillation."""
     latent_discriminator: LatentDiscriminatorSettings = LatentDiscriminatorSettings()
     """The discriminator on noised latents."""
+    alignment: AlignmentSettings = AlignmentSettings()
+    """How well images fit their prompts."""
 
     @property
     def held_out_rows(self) -> int:
@@ -318,6 +322,18 @@ class Recipe(_TrainingSettings):
                 f"{score.guidance_below} switches off: expected more than score.timesteps' first, "
                 f"{score.timesteps[0]}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _aligned_images_are_whole(self) -> Recipe:
+        if not self.alignment.weight:
+            return self
+        if self.task not in PROMPTED:
+            raise ValueError(
+                f"alignment is for the tasks {' and '.join(PROMPTED)}, this is {self.task}"
+            )
+        if self.decode_crop is not None:
+            raise ValueError("alignment needs whole images: leave decode_crop out")
         return self
 
     @model_validator(mode="after")
@@ -424,6 +440,7 @@ def load_any_recipe(
     _make_absolute(values.get("source"), "images", base)
     _make_absolute(values.get("latent_discriminator"), "real_images", base)
     _make_absolute(values.get("held_out"), "prompts", base)
+    _make_absolute(values.get("alignment"), "scorer", base)
 
     # The recipe of an adaptor need not name its kind.
     kind = values.get("kind", "adaptor")
@@ -465,7 +482,9 @@ def _make_absolute(table: Any, key: str, base: Path) -> None:
     if not isinstance(table, dict):
         return
     name = table.get(key)
-    if isinstance(name, str) and not name.startswith((MODEL_PREFIX, INCLUDED_PREFIX)):
+    if not isinstance(name, str) or (key == "scorer" and is_code(name)):
+        return
+    if not name.startswith((MODEL_PREFIX, INCLUDED_PREFIX)):
         table[key] = str(base / name)
 
 

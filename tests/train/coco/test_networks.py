@@ -11,10 +11,12 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.coco.clip_score import ClipScore, clip_sha256, clip_size
-from hipa_deploy.train.coco.coco_request import check_clip_folder, check_inception
+from hipa_deploy.train.coco.clip_score import ClipScore, clip_size
+from hipa_deploy.train.coco.coco_request import check_inception
 from hipa_deploy.train.coco.inception import Inception
 from hipa_deploy.train.coco.prepare_images import clean_resize
+from hipa_deploy.train.coco.protocol import FETCH_PEERS_CLIP
+from hipa_deploy.train.losses.clip_folder import check_clip_folder, clip_sha256
 from tests.coco_samples import write_clip
 from tests.inception_layout import Layers, SmallLayers, write_inception
 
@@ -79,10 +81,10 @@ def test_the_score_is_the_cosine_of_the_embeddings(tmp_path: Path) -> None:
 
 def test_a_folder_of_clip(tmp_path: Path) -> None:
     folder = write_clip(tmp_path / "clip")
-    check_clip_folder(folder)
+    check_clip_folder(folder, "--clip", FETCH_PEERS_CLIP)
     assert clip_size(folder) == (16, 2, 8)
     before = clip_sha256(folder)
     (folder / "open_clip_pytorch_model.bin").write_bytes(b"other")
     assert clip_sha256(folder) == before
     with pytest.raises(HipaError, match=r"hf download laion/CLIP-ViT-g-14"):
-        check_clip_folder(tmp_path)
+        check_clip_folder(tmp_path, "--clip", FETCH_PEERS_CLIP)
