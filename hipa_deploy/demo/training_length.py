@@ -34,8 +34,8 @@ LENGTHS: tuple[dict[str, Any], ...] = (
     {
         "teacher.pairs": 384,
         "teacher.batch": 32,
-        "steps": 340,
-        "loss.latent_warmup_steps": 110,
+        "steps": 300,
+        "loss.latent_warmup_steps": 100,
     },
     {
         "teacher.pairs": 384,

@@ -74,7 +74,7 @@ def test_a_demo_that_was_begun_is_found_again(
 ) -> None:
     """However long it trains: the pace of another day may choose another length."""
     monkeypatch.chdir(tmp_path)
-    demos = [{"steps": 500}, {"steps": 340}]
+    demos = [{"steps": 500}, {"steps": 300}]
     assert begun_folder(None, demos) is None
     open_folder(Path("demo"), {"task": "edit"})
     open_folder(Path("demo-2"), demos[1])

@@ -62,8 +62,8 @@ def test_the_training_is_as_long_as_the_pace_allows(
     monkeypatch.setattr(training_cost, "measure_steps", lambda *arguments: pace)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     recipes = training_length.training_recipes()
-    # 512 / 32 batches of 15 calls, 150 and 350 steps; then 384 / 32 of 15, 110 and 230.
-    longest, middle = 240 + 75 + 350, 180 + 55 + 230
+    # 512 / 32 batches of 15 calls, 150 and 350 steps; then 384 / 32 of 15, 100 and 200.
+    longest, middle = 240 + 75 + 350, 180 + 50 + 200
     assert training_length.longest_within(recipes, longest - 1, console) is recipes[number]
     assert middle < longest - 1
 
