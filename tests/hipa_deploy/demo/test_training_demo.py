@@ -28,6 +28,7 @@ def test_demo_writes_what_it_says(
     short = {"teacher.pairs": 4, "teacher.batch": 4, "steps": 1, "batch": 2}
     monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "IMAGES", 8)
+    monkeypatch.setattr(demo, "TIMED", 1)
     monkeypatch.setattr(contact_sheet, "SHEET_ROWS", 4)
     monkeypatch.setattr(steps, "LATENCY_RUNS", 5)
     monkeypatch.setattr(steps, "LATENCY_SECONDS", 0.0)
