@@ -6,6 +6,10 @@ is less than a full batch it waits a few milliseconds: clients that have their a
 The images of a batch have one adaptor and one size. The adaptor that is loaded goes on for
 ``PATIENCE`` seconds while others wait, because a swap takes longer than a batch. In a crowd each
 adaptor has such a turn after its swap, however long its images have waited.
+
+After ``FAILURES`` batches in a row that failed, the thread makes an image for nobody, the one that
+was made last. If that fails too, the backend is at fault and no request. Then it tries again every
+``TRY_SECONDS``, and requests are still tried meanwhile.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -30,6 +34,8 @@ from hipa_deploy.generate.refine.refiner import Progress
 PATIENCE = 1.0  # seconds
 _RECENT = 0.2  # weight of the latest batch in the mean time of an image
 MAX_RETRY_AFTER = 60  # seconds
+FAILURES = 3
+TRY_SECONDS = 10.0
 
 
 class QueueFullError(Exception):
@@ -156,6 +162,8 @@ class Batcher:
         wait: seconds that a busy batcher waits for company.
         watch: counts what is done.
         name: of the thread.
+        told: is called with False when the backend makes no images any more, and with True when it
+            does again.
 
     Example:
         >>> batcher = Batcher(pipe, queue=64, wait=0.004, watch=watch)
@@ -167,9 +175,17 @@ class Batcher:
     """
 
     def __init__(
-        self, engine: Engine, *, queue: int, wait: float, watch: Watch, name: str = "batches"
+        self,
+        engine: Engine,
+        *,
+        queue: int,
+        wait: float,
+        watch: Watch,
+        name: str = "batches",
+        told: Callable[[bool], object] = bool,
     ) -> None:
         self._engine = engine
+        self._told = told
         self._most = queue
         self._wait = wait
         self._watch = watch
@@ -180,6 +196,11 @@ class Batcher:
         self._adaptor: str | None = None
         self._turn_began = time.perf_counter()  # of the adaptor that is loaded
         self._an_image = 0.0  # seconds, the mean of the latest batches
+        self._failures = 0  # batches that failed since one was made
+        # The latest image that was made, and its adaptor; before there is one, one that failed.
+        self._proven: tuple[ImageJob, str | None] | None = None
+        self._next_try = 0.0  # by ``time.perf_counter``
+        self._works = True
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
         self._thread.start()
 
@@ -192,6 +213,11 @@ class Batcher:
     def alive(self) -> bool:
         """Whether the thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def working(self) -> bool:
+        """Whether the thread runs, and the backend makes images as far as is known."""
+        return self._works and self.alive
 
     @property
     def free(self) -> int:
@@ -259,22 +285,54 @@ class Batcher:
             batch = self._next_batch()
             if batch is None:
                 return
-            if not batch:
-                continue
             try:
-                self._make(batch)
+                if batch:
+                    self._make(batch)
             except Exception as error:  # a bug; the thread must live for the next request
                 for item in batch:
                     item.work.fail(error)
+            if self._failures >= FAILURES and time.perf_counter() >= self._next_try:
+                self._next_try = time.perf_counter() + TRY_SECONDS
+                self._note(works=self._makes_an_image())
+
+    def _makes_an_image(self) -> bool:
+        """Whether the backend makes an image that it has made before.
+
+        With the adaptor that it had then: another one may be what is at fault.
+        """
+        assert self._proven is not None
+        job, adaptor = self._proven
+        try:
+            if adaptor != self._adaptor:
+                self._swap(adaptor)
+            self._engine.make([job], _untimed, _go_on)
+        except Exception:  # why is told to those whose requests failed
+            return False
+        return True
+
+    def _note(self, *, works: bool) -> None:
+        """Keep whether the backend works, and tell of a change."""
+        if works:
+            self._failures = 0
+        if works != self._works:
+            self._works = works
+            self._told(works)
 
     def _next_batch(self) -> list[_Item] | None:
-        """Wait for a batch and take it out of the queue; None: closed, and nothing waits."""
+        """Wait for a batch and take it out of the queue.
+
+        Returns:
+            None: closed, and nothing waits. No items: nobody waits any more, or it is time to try
+            whether the backend works again.
+
+        """
         with self._changed:
             idle = not self._items
             while not self._items:
                 if self._stopping:
                     return None
-                self._changed.wait()
+                if not self._changed.wait(self._seconds_to_try()):
+                    return []
             batch = self._choose()
             # Not after idleness: the first request of a quiet service must not wait.
             if not idle:
@@ -289,6 +347,12 @@ class Batcher:
             taken = set(map(id, batch))
             self._items = deque(item for item in self._items if id(item) not in taken)
             return batch
+
+    def _seconds_to_try(self) -> float | None:
+        """Seconds until the backend is tried again; None while it works."""
+        if self._failures < FAILURES:
+            return None
+        return max(0.0, self._next_try - time.perf_counter())
 
     def _is_full(self, batch: list[_Item]) -> bool:
         return len(batch) >= self._engine.sizes_for(batch[0].job)[-1]
@@ -342,10 +406,17 @@ class Batcher:
     def _run(self, batch: list[_Item]) -> None:
         started = time.perf_counter()
         jobs = [item.job for item in batch]
+        first = (jobs[0], batch[0].work.adaptor)
         try:
             made = self._engine.make(jobs, self._watch.stage, partial(_check_wanted, batch))
         except _UnwantedError:
             return
+        except Exception:
+            self._failures += 1
+            self._proven = self._proven or first
+            raise
+        self._proven = first
+        self._note(works=True)
         seconds = time.perf_counter() - started
         self._watch.batch(len(batch), seconds)
         an_image = seconds / len(batch)
@@ -369,6 +440,15 @@ class Batcher:
         self._adaptor = adaptor
         self._turn_began = time.perf_counter()
         self._watch.swapped(self._turn_began - started)
+
+
+def _untimed(stage: str) -> AbstractContextManager[object]:
+    """What no number is kept of."""
+    return nullcontext()
+
+
+def _go_on(done: int, total: int) -> None:
+    """The progress of what nobody waits for."""
 
 
 def _check_wanted(batch: Sequence[_Item], done: int, total: int) -> None:

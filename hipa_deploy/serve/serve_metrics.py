@@ -60,7 +60,7 @@ class ServeMetrics:
         )
         self._swaps = self._histogram("swap_seconds", "What an adaptor's swap took.", "bundle")
         self.ready = Gauge(
-            "hipa_ready", "1 when every bundle has made its first image.", registry=self._registry
+            "hipa_ready", "1 while every bundle makes images.", registry=self._registry
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:

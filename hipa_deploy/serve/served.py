@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Sequence
@@ -16,10 +17,11 @@ from hipa_deploy.generate.jobs.batch_sizes import WarmUp
 from hipa_deploy.generate.open_stages import has_engine
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.runner import check_backend
-from hipa_deploy.serve.batcher import Batcher
+from hipa_deploy.serve.batcher import TRY_SECONDS, Batcher
 from hipa_deploy.serve.serve_metrics import ServeMetrics
 from hipa_deploy.serve.settings import Limits
 
+_LOG = logging.getLogger("hipa.serve")
 # Of a model: it stands in JSON, in logs, in the labels of metrics, and in a path of the API.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -78,6 +80,7 @@ class ServedBundle:
             wait=limits.wait,
             watch=watch,
             name=f"batches of {self.name}",
+            told=self._log_change,
         )
         metrics.queue_length(self.name, lambda: self.waiting)
 
@@ -92,8 +95,8 @@ class ServedBundle:
 
     @property
     def ready(self) -> bool:
-        """Whether the first image was made, and the thread that makes images lives."""
-        return self._elsewhere or (self.batcher is not None and self.batcher.alive)
+        """Whether the first image was made, and images are made since then as far as is known."""
+        return self._elsewhere or (self.batcher is not None and self.batcher.working)
 
     @property
     def refines(self) -> bool:
@@ -107,6 +110,15 @@ class ServedBundle:
     def waiting(self) -> int:
         """Images in the queue."""
         return self.batcher.waiting if self.batcher else 0
+
+    def _log_change(self, works: bool) -> None:
+        """Say that the backend makes no images any more, or makes them again."""
+        facts: dict[str, str | None] = {"bundle": self.name, "backend": self.backend}
+        if works:
+            _LOG.info("backend works again", extra={"facts": facts})
+            return
+        facts["remedy"] = f"restart the service if it does not recover within {TRY_SECONDS:g} s"
+        _LOG.error("backend makes no images", extra={"facts": facts})
 
     def close(self) -> None:
         """Make what waits, and release the pipeline."""

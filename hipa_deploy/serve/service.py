@@ -160,6 +160,7 @@ class ImageService:
         self.signer = signer
         self.metrics = ServeMetrics()
         self.stopping = False
+        self.metrics.ready.set_function(lambda: self.ready)
         # Pillow and zlib let other threads run. More threads than cores would only take memory.
         threads = max(2, min(8, os.cpu_count() or 2))
         self._threads = ThreadPoolExecutor(threads, "images")
@@ -176,11 +177,10 @@ class ImageService:
         for served in self.models.served:
             if not self.stopping:
                 served.load(backend, self.limits, self.metrics)
-        self.metrics.ready.set(1)
 
     @property
     def ready(self) -> bool:
-        """Whether requests are answered with images."""
+        """Whether requests are answered with images, as far as is known."""
         return self.models.ready and not self.stopping
 
     def full(self, arriving: int) -> int | None:
@@ -205,7 +205,6 @@ class ImageService:
     def close(self) -> None:
         """Make what was accepted, and release everything."""
         self.stopping = True
-        self.metrics.ready.set(0)
         self.models.close()
         self._readers.shutdown()
         self._threads.shutdown()

@@ -98,7 +98,6 @@ class ClusterService(ImageService):
                 served.name,
                 lambda name=served.name: self._under_way[name],  # type: ignore[misc]
             )
-        self.metrics.ready.set(1)
 
     def close(self) -> None:
         """Stop the replicas."""

@@ -120,11 +120,11 @@ class Replica:
         """Do nothing while the replica can answer.
 
         Raises:
-            RuntimeError: the thread that makes images has ended; Ray then starts another replica.
+            RuntimeError: it makes no images any more; Ray then starts another replica.
 
         """
         if not self._service.ready:
-            raise RuntimeError("the thread that makes images has ended")
+            raise RuntimeError("the replica makes no images any more")
 
     def close(self) -> None:
         """Make what was accepted, and release the bundle."""

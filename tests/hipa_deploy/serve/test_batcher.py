@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from queue import Queue
 
 import numpy as np
 import pytest
@@ -322,6 +323,101 @@ def test_a_bug_ends_its_requests_and_not_the_thread(engine: Gate, batcher: Batch
     with pytest.raises(ZeroDivisionError):
         submit(batcher, "a").done.result(WAIT)
     assert batcher.alive
+
+
+@pytest.fixture
+def watched(engine: Gate, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Batcher, Queue[bool]]]:
+    """A batcher that tries a failing backend again at once, and what it told."""
+    monkeypatch.setattr(batcher_module, "TRY_SECONDS", 0.01)
+    told: Queue[bool] = Queue()
+    engine.let_go(10_000)
+    made = Batcher(engine, queue=8, wait=0.0, watch=Watch(), told=told.put)
+    yield made, told
+    made.close()
+
+
+def fail(batcher: Batcher, prompt: str) -> None:
+    with pytest.raises(BackendFailedError, match="bad"):
+        submit(batcher, prompt).done.result(WAIT)
+
+
+def test_a_backend_that_makes_nothing_any_more_is_tried_until_it_does(
+    engine: Gate, watched: tuple[Batcher, Queue[bool]]
+) -> None:
+    batcher, told = watched
+    submit(batcher, "a").done.result(WAIT)
+    engine.bad = {"a", "b", "c"}
+    for prompt in "bc":
+        fail(batcher, prompt)
+    assert batcher.working
+    fail(batcher, "b")
+    assert told.get(timeout=WAIT) is False
+    assert not batcher.working
+    assert batcher.alive
+    # Nobody asks, and the image that was made last is tried, again and again.
+    while prompts(engine)[-2:] != ["a", "a"]:
+        time.sleep(0.01)
+    engine.bad = set()
+    assert told.get(timeout=WAIT) is True
+    assert batcher.working
+    assert told.empty()
+
+
+def test_a_request_that_is_made_shows_that_the_backend_works_again(
+    engine: Gate, watched: tuple[Batcher, Queue[bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher, told = watched
+    monkeypatch.setattr(batcher_module, "TRY_SECONDS", 1000.0)
+    # None was made before: then the first that failed is tried.
+    engine.bad = {"b"}
+    for _ in range(3):
+        fail(batcher, "b")
+    assert told.get(timeout=WAIT) is False
+    assert prompts(engine) == ["b"] * 4
+    submit(batcher, "d").done.result(WAIT)
+    assert told.get(timeout=WAIT) is True
+    assert batcher.working
+
+
+def test_requests_that_fail_alone_do_not_make_a_backend_fail(
+    engine: Gate, watched: tuple[Batcher, Queue[bool]]
+) -> None:
+    """Three that are too large, say: the image in between works, and so nobody is kept away."""
+    batcher, told = watched
+    submit(batcher, "a").done.result(WAIT)
+    engine.bad = {"b"}
+    for _ in range(7):
+        fail(batcher, "b")
+    submit(batcher, "c").done.result(WAIT)
+    assert prompts(engine)[:5] == list("abbba")
+    assert batcher.working
+    assert told.empty()
+
+
+def test_an_adaptor_at_fault_is_not_the_backends(
+    engine: Gate, watched: tuple[Batcher, Queue[bool]]
+) -> None:
+    batcher, told = watched
+    submit(batcher, "a").done.result(WAIT)
+    engine.bad = {"b"}
+    for _ in range(3):
+        with pytest.raises(BackendFailedError, match="bad"):
+            submit(batcher, "b", adaptor="huge").done.result(WAIT)
+    submit(batcher, "c").done.result(WAIT)
+    expected = [(None, ["a"]), *[("huge", ["b"])] * 3, (None, ["a"]), (None, ["c"])]
+    assert engine.batches == expected
+    assert told.empty()
+
+
+def test_a_bug_of_each_request_is_a_failure_too(
+    engine: Gate, watched: tuple[Batcher, Queue[bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batcher, told = watched
+    monkeypatch.setattr(engine, "make", lambda *_: 1 / 0)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            submit(batcher, "a").done.result(WAIT)
+    assert told.get(timeout=WAIT) is False
 
 
 def test_closing_makes_what_waits_and_accepts_nothing(engine: Gate) -> None:

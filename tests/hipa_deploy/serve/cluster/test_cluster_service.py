@@ -171,7 +171,7 @@ def test_refusals_are_those_of_the_single_machine(bundles: dict[str, Bundle]) ->
     here.replica.close()
     with pytest.raises(StoppingError):
         deliver(service, seeds=[1])
-    with pytest.raises(RuntimeError, match="has ended"):
+    with pytest.raises(RuntimeError, match="makes no images any more"):
         here.replica.check_health()
 
 

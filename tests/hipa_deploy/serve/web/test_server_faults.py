@@ -15,7 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.serve import batcher
 from hipa_deploy.serve.served import Models
 from hipa_deploy.serve.service import ImageService
 from hipa_deploy.serve.settings import LEAST_UPLOADS, Limits
@@ -44,6 +46,55 @@ def test_an_adaptor_that_overflows(tmp_path: Path) -> None:
         order = {"prompt": "a red pear", "model": sound}
         assert client.post("/hipa/generate", json=order).status_code == 200
         assert [line for line in it.lines if line["event"] == "bug"] == []
+
+
+def test_a_backend_that_makes_no_images_any_more_is_not_ready(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an error of CUDA that stays: here its pipeline is closed, and loaded again."""
+    monkeypatch.setattr(batcher, "TRY_SECONDS", 0.05)
+    name = "m"
+    service = ImageService(Models([f"{name}={bundles['tiny'].root}"]), Limits())
+    service.load("onnxruntime")
+    (served,) = service.models.served
+    assert served.pipe is not None
+    assert served.batcher is not None
+    again = OneStepPipeline.load(served.bundle.root, "onnxruntime")
+
+    async def states(http: httpx.AsyncClient, until: int) -> dict[str, object]:
+        for _ in range(400):
+            if (await http.get("/health/ready")).status_code == until:
+                break
+            await asyncio.sleep(0.05)
+        model = (await http.get("/hipa/models")).json()["models"][0]
+        metrics = (await http.get("/metrics")).text
+        gauge = next(line for line in metrics.splitlines() if line.startswith("hipa_ready "))
+        return {"model": model["ready"], "gauge": gauge}
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(web_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            order = {"prompt": "a red pear", "seed": 1}
+            assert (await http.post("/hipa/generate", json=order)).status_code == 200
+            served.pipe.close()
+            for _ in range(batcher.FAILURES):
+                answer = await http.post("/hipa/generate", json=order)
+                assert answer.json()["error"]["code"] == "backend_failed"
+            assert await states(http, 503) == {"model": False, "gauge": "hipa_ready 0.0"}
+            assert (await http.get("/health/live")).status_code == 200
+
+            served.batcher._engine = again
+            assert await states(http, 200) == {"model": True, "gauge": "hipa_ready 1.0"}
+            assert (await http.post("/hipa/generate", json=order)).status_code == 200
+
+    with caplog.at_level(logging.INFO, "hipa.serve"):
+        asyncio.run(ask())
+        service.close()
+        again.close()
+    told = [record for record in caplog.records if "backend" in record.getMessage()]
+    events = [record.getMessage() for record in told if record.getMessage() != "backend failed"]
+    assert events == ["backend makes no images", "backend works again"]
+    assert all(record.facts["bundle"] == name for record in told if "failed" not in record.msg)
 
 
 def test_an_adaptor_that_has_gone_since_the_start(tmp_path: Path) -> None:
