@@ -23,6 +23,7 @@ from hipa_deploy.commands.options import (
     Precision,
     Task,
     VaeOption,
+    chosen_adaptor,
     console,
     given_options,
 )
@@ -270,7 +271,6 @@ def export(
         decoder = choice.values.get("--decoder", decoder)
         batch = choice.values.get("--batch", batch)
 
-    from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.export.export_options import ExportOptions
     from hipa_deploy.export.export_request import check_options, check_request
     from hipa_deploy.export.graph.axes import parse_axes
@@ -287,7 +287,7 @@ def export(
     options = ExportOptions(
         model=model,
         out=out,
-        adaptor=resolve_adaptor(adaptor) if adaptor else None,
+        adaptor=chosen_adaptor(adaptor),
         adaptor_scale=adaptor_scale,
         dtype=dtype.value,
         layout=layout.value,
@@ -429,7 +429,7 @@ def _export_swap(
 ) -> None:
     """Write to ``out`` the weights of adaptor and LoRAs that differ from those of ``bundle``."""
     from hipa_deploy.bundle.folder import Bundle
-    from hipa_deploy.embedded import resolve_adaptor, resolve_bundle
+    from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.export.export_request import SwapOptions, check_swap_request
     from hipa_deploy.models.locate import resolve_controlnet, resolve_decoder, unpacked
     from hipa_deploy.models.lora.early_lora import check_before_model
@@ -443,7 +443,7 @@ def _export_swap(
     # converted, which takes minutes.
     root = resolve_bundle(bundle)
     Bundle.open(root)
-    folder = resolve_adaptor(adaptor) if adaptor else None
+    folder = chosen_adaptor(adaptor)
     check_before_model(model, style, folder)
     refuse_to_overwrite(out)
     model = unpacked(model, config, vae)
@@ -457,7 +457,7 @@ def _export_swap(
         out=out,
         decoder=resolve_decoder(decoder, model),
         one_step=one_step,
-        controlnet=resolve_controlnet(controlnet, model) if controlnet else None,
+        controlnet=resolve_controlnet(controlnet, model) if controlnet is not None else None,
         signing_key=signing_key,
     )
     check_swap_request(options)

@@ -11,6 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from hipa_deploy.embedded import resolve_adaptor
+from hipa_deploy.errors import HipaError
+
 # Progress and notes go to stderr, results (paths, tables, JSON) to stdout: a script can pipe them.
 console = Console(stderr=True)
 
@@ -255,6 +258,24 @@ PromptWeightsOption = Annotated[
         "otherwise.",
     ),
 ]
+
+
+def chosen_adaptor(name: str | None, option: str = "--adaptor") -> Path | None:
+    """The folder of an adaptor that an option names; None where the option was not given.
+
+    Raises:
+        HipaError: the name is empty, as of a shell variable that is not set. Without an adaptor the
+            base model would make its one step, which is a blur.
+
+    """
+    if name is None:
+        return None
+    if not name.strip():
+        raise HipaError(
+            f"{option} is empty. Expected an adaptor folder, or 'emoji'. Without one, leave "
+            f"{option} out."
+        )
+    return resolve_adaptor(name)
 
 
 def given_options(context: typer.Context, names: Iterable[str]) -> dict[str, Any]:

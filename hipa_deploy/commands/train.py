@@ -14,6 +14,7 @@ from hipa_deploy.commands.options import (
     LoraOption,
     ModelOption,
     VaeOption,
+    chosen_adaptor,
     console,
 )
 from hipa_deploy.disk.files import refuse_to_overwrite
@@ -143,7 +144,6 @@ def train(
             "--rank is for --average; the rank of a training is adaptor.rank of its recipe. "
             "Leave it out."
         )
-    from hipa_deploy.embedded import resolve_adaptor
     from hipa_deploy.generate.prompt_files import check_prompt_file
     from hipa_deploy.models.locate import check_model_name, model_folder
     from hipa_deploy.models.lora.early_lora import check_before_model
@@ -174,8 +174,8 @@ def train(
         overrides["held_out.patience"] = patience
     check_trackers(log_with or ())
     chosen = load_any_recipe(recipe, overrides)
-    initial = resolve_adaptor(start) if start else None
-    active = resolve_adaptor(adaptor) if adaptor else None
+    initial = chosen_adaptor(start, "--from")
+    active = chosen_adaptor(adaptor)
     style = parse_style(lora, embedding)
     check_before_model(model, style, initial, active)
     # What is missing is named before an output that is there. A finished training may be extended.

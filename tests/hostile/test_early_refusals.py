@@ -126,8 +126,12 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ((*EXPORT, "--adaptor", "emoji-upscale", "--encoder", "nope"), "nope"),
     ((*EXPORT, "--decoder", ""), "--decoder is empty"),
     ((*EXPORT, "--adaptor", "emoji-edit", "--encoder", ""), "--encoder is empty"),
+    ((*EXPORT, "--adaptor", ""), "--adaptor is empty"),
+    ((*SWAP, "--adaptor", " "), "--adaptor is empty"),
+    ((*TRAIN, "--from", ""), "--from is empty"),
     # ControlNets.
     ((*EXPORT, "--controlnet", ""), "--controlnet is empty"),
+    ((*SWAP, "--adaptor", "emoji", "--controlnet", ""), "--controlnet is empty"),
     ((*EXPORT, "--controlnet", "nets/canny.pth"), "--controlnet nets/canny.pth does not exist"),
     ((*EXPORT, "--controlnet", "nets/x.SAFETENSORS"), "nets/x.SAFETENSORS does not exist"),
     ((*EXPORT, "--controlnet", "a/x", "--controlnet", "a/y"), "--controlnet is given twice: a/x,"),
