@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
+NEWEST := .venv-newest
+NEWEST_TESTS := tests/hipa_deploy/models tests/train tests/export tests/test_prompt_encoding.py
 
 # Container images often set it. Then each of the many processes that the tests start would compile
 # torch and what lies on it anew: 8.5 s an import in place of 4.1.
@@ -12,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 FUZZ_CASES := 300
 TESTS := not gpu and not thorough
 
-.PHONY: demo test tests test-all fuzz lint types docs wheels-for-gpu clean
+.PHONY: demo test tests test-all test-newest fuzz lint types docs wheels-for-gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/hipa-demo --out $(DEMO)
@@ -29,6 +31,11 @@ tests: $(VENV)/installed
 # release, and after a change of the export or of what predicts a training's cost.
 test-all: lint
 	$(MAKE) --no-print-directory --jobs=2 types tests TESTS="not gpu"
+
+# The newest diffusers, transformers and huggingface-hub, with the pinned torch, in an environment of
+# their own. To try newer ones, remove .venv-newest first.
+test-newest: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m pytest -m "$(TESTS)" $(NEWEST_TESTS)
 
 # Hostile files, FUZZ_CASES of each format; what fails is shrunk and printed (tests/hostile).
 fuzz: $(VENV)/installed
@@ -58,6 +65,15 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("hipa-deploy needs Python >= 3.10" if sys.version_info < (3, 10) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Without the extra optimum, which keeps transformers 4.
+$(NEWEST)/installed: pyproject.toml
+	test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
+	$(NEWEST)/bin/python -m pip install --quiet --no-compile --upgrade --upgrade-strategy eager \
+		-c $(NEWEST)/torch.txt -e '.[train,export,captions,openvino,publish,serve,sign,c2pa]' \
+		filelock hypothesis packaging pytest setuptools
 	touch $@
 
 clean:

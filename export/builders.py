@@ -39,6 +39,7 @@ from hipa_deploy.export.model_parts import free_memory
 from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.export.writer import StageSource
 from hipa_deploy.marks.safety import SAFETY_STAGE
+from hipa_deploy.models.text_context import text_module
 from hipa_deploy.tasks import size_numbers, takes_source
 
 
@@ -147,8 +148,8 @@ def text_encoder_module(parts: ChosenParts, dtype: torch.dtype) -> TextEncoderSt
     # The references take an earlier hidden state of the whole encoder, as diffusers does. Without
     # the layers after it the graph is smaller, and its agreement with them is a proof.
     if parts.clip_skip:
-        layers = encoder.text_model.encoder.layers
-        encoder.text_model.encoder.layers = layers[: -parts.clip_skip]
+        inner = text_module(encoder).encoder
+        inner.layers = inner.layers[: -parts.clip_skip]
     return TextEncoderStage(encoder, dtype, parts.chunk_tokens)
 
 

@@ -26,7 +26,7 @@ from hipa_deploy.generate.prompts import (
     TOKENIZER_2,
 )
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
-from hipa_deploy.models.clip_tokenizer import rust_tokenizer
+from hipa_deploy.models.clip_tokenizer import rust_tokenizer, save_tokenizer
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from hipa_deploy.models.one_step.step_constants import make_scheduler
 
@@ -224,7 +224,7 @@ def write_diffusers_files(
         # save_pretrained writes a tokenizer.json of its own, without padding and length.
         tokenizer = root / name
         content = tokenizer.read_bytes()
-        model.tokenizer(part).save_pretrained(tokenizer.parent)
+        save_tokenizer(model.tokenizer(part), tokenizer.parent)
         tokenizer.write_bytes(content)
 
     scheduler.save_pretrained(root / "scheduler")

@@ -18,6 +18,7 @@ from hipa_deploy.bundle.manifest import AdaptorInfo, ControlInfo, DecoderInfo, E
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.export.graph.conditioning import Conditioning, JointConditioning
+from hipa_deploy.export.graph.modules import named_encoder
 from hipa_deploy.export.merge import merge_adaptor, merge_encoder_adaptor
 from hipa_deploy.export.model_parts import ModelParts, free_memory
 from hipa_deploy.models.adaptor_folder import ENCODER_WEIGHTS, METADATA, read_metadata
@@ -120,7 +121,8 @@ class ChosenParts:
         self.style.merge({SECOND: encoder})
         if self.style.embeddings:
             self.style.add_words(self.model.tokenizer("tokenizer_2"), encoder, SECOND)
-        return encoder
+        named: CLIPTextModelWithProjection = named_encoder(encoder)
+        return named
 
     def text_pair(self) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
         """Both text encoders."""
@@ -150,12 +152,16 @@ class ChosenParts:
         return JointConditioning(own, Conditioning(controlnet, timesteps, sizes, CONTROL))
 
     def text_encoder(self) -> CLIPTextModel:
-        """The model's text encoder with LoRAs merged and words added; no adaptor changes it."""
+        """The model's text encoder with LoRAs merged and words added; no adaptor changes it.
+
+        Its parts are called ``text_model.*`` in every version of transformers.
+        """
         encoder = self.model.text_encoder()
         self.style.merge({"text_encoder": encoder})
         if self.style.embeddings:
             self.style.add_words(self.model.tokenizer(), encoder)
-        return encoder
+        named: CLIPTextModel = named_encoder(encoder)
+        return named
 
     def context(self, encoder: CLIPTextModel, tokens_BL: Tensor) -> Tensor:
         """What the text encoder gives for tokens int64 [B, L]: the context, float32 [B, L, D]."""

@@ -16,9 +16,9 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn", "python_multipart", "prometheus_client"),
     "ray": ("ray",),
 }  # fmt: skip
-# The first major version that does not work. pip keeps below it, other installers may not: with
-# transformers 5, LoRAs and embeddings would miss their places in the text encoder.
-_TOO_NEW = {"transformers": 5}
+# The first major version that nobody has tried. pip keeps below it, other installers may not: with
+# other names in the text encoder, LoRAs and embeddings could miss their places.
+_TOO_NEW = {"transformers": 6}
 
 
 def missing(extra: str) -> list[str]:

@@ -17,6 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from hipa_deploy.models.one_step.one_step_method import OneStepMethod
 from tests.tiny_model import tiny_tokenizer
+from tests.usual_layout import store_as_4
 
 # The layers of LCM-LoRA (diffusers, examples/consistency_distillation), which TCD and Hyper-SD have
 # too.
@@ -109,7 +110,7 @@ def small_model(folder: Path, width: int, scheduler: SchedulerMixin) -> Path:
         requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)
-    return folder
+    return store_as_4(folder)
 
 
 def method(**changes: object) -> OneStepMethod:

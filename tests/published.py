@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.tiny_model import tiny_tokenizer
+from tests.usual_layout import store_as_4
 
 Config = dict[str, Any]
 DOWN = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
@@ -195,6 +196,7 @@ def write_published(name: str, folder: Path) -> Path:
     UNet2DConditionModel.from_config(unet).save_pretrained(folder / "unet")
     AutoencoderKL.from_config(vae).save_pretrained(folder / "vae")
     CLIPTextModel(CLIPTextConfig.from_dict(text)).save_pretrained(folder / "text_encoder")
+    store_as_4(folder)
     tiny_tokenizer(folder / "tokenizer")
 
     # The libraries wrote today's configurations beside the weights: these are the published ones.

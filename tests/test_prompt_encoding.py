@@ -27,10 +27,12 @@ from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import LoraChoice, Style
+from hipa_deploy.models.text_context import text_module
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from tests.export.conftest import make_adaptor
 from tests.style_samples import write_lora
 from tests.tiny_model import make_model
+from tests.usual_layout import store_as_4
 
 # The tiny tokenizer has a token for each byte: the second is longer than one chunk, the third is
 # one chunk to the token.
@@ -47,11 +49,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder")
     config.num_hidden_layers = LAYERS
     encoder = CLIPTextModel(config)
-    norm = encoder.text_model.final_layer_norm
+    norm = text_module(encoder).final_layer_norm
     torch.nn.init.normal_(norm.weight, mean=1.0, std=0.2)
     torch.nn.init.normal_(norm.bias, mean=-0.2, std=0.2)
     encoder.save_pretrained(folder / "text_encoder")
-    return folder
+    return store_as_4(folder)
 
 
 def export(model_dir: Path, out: Path, **options: Any) -> Bundle:

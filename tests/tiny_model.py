@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hipa_deploy.models.configurations import _byte_letters
+from tests.usual_layout import store_as_4
 
 PROMPTS = ["a red apple", "a green pear", "a yellow lemon"]
 
@@ -78,5 +79,6 @@ def make_model(
         requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)
+    store_as_4(folder)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return folder

@@ -20,6 +20,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.tiny_model import PROMPTS, tiny_tokenizer
+from tests.usual_layout import store_as_4
 
 FIRST_WIDTH = 16  # 768 of SDXL
 SECOND_WIDTH = 24  # 1280 of SDXL
@@ -87,6 +88,7 @@ def make_sdxl(
         add_watermarker=False,
     )
     pipe.save_pretrained(folder)
+    store_as_4(folder)
     (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     add_scheduler_keys(folder)
     return folder

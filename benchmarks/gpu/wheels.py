@@ -31,7 +31,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).absolute().parents[2]
-EXTRAS = ("train", "export")
+EXTRAS = ("train", "export", "optimum")
 TESTS = ("pytest", "hypothesis")
 # The machine's own, with what only it needs.
 LEFT_OUT = {"torch", "triton"}

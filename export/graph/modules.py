@@ -10,6 +10,7 @@ The arguments of every ``forward`` are written into the graph, so their names ar
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from hipa_deploy.export.graph.conditioning import Conditioning, JointConditionin
 from hipa_deploy.export.graph.fold import fold_decoder_input, fold_encoder_output
 from hipa_deploy.export.graph.upsample import fold_upsampling
 from hipa_deploy.generate.x0 import predict_x0_in_a_graph
+from hipa_deploy.models.text_context import text_module
 from hipa_deploy.models.text_pair import pair_context
 from hipa_deploy.tasks import Task, finish_latents, is_inpainting_unet, start_latents, unet_inputs
 
@@ -44,6 +46,68 @@ TORCH_DTYPES = {
     "int64": torch.int64,
     "uint8": torch.uint8,
 }
+
+
+class NamedTextEncoder(torch.nn.Module):
+    """A CLIPTextModel of transformers 5.6 or newer, whose parts are called ``text_model.*``.
+
+    The names of modules become those of a graph's weights and layers. A swap, an island of float32
+    and a known fault name them, so they must fit a bundle whatever version exported it.
+
+    Args:
+        encoder: it takes and gives what this module does.
+
+    """
+
+    def __init__(self, encoder: CLIPTextModel) -> None:
+        super().__init__()
+        self.text_model = encoder
+
+    def forward(self, *inputs: Any, **settings: Any) -> Any:
+        """The encoder's own output."""
+        return self.text_model(*inputs, **settings)
+
+
+def named_encoder(encoder: Any) -> Any:
+    """A text encoder whose parts are called ``text_model.*``, with a mask of numbers.
+
+    The mask keeps the graph's operators, with which the backends were tried.
+
+    Args:
+        encoder: a CLIPTextModel or CLIPTextModelWithProjection. Of transformers 4 it is returned
+            as it is.
+
+    Example:
+        >>> named_encoder(ModelParts.open("emoji").text_encoder()).text_model.final_layer_norm
+        LayerNorm((64,), eps=1e-05, elementwise_affine=True)
+
+    """
+    inner = text_module(encoder)
+    # Version 5 makes no such mask, and takes one. Version 4 makes it, and takes none.
+    if hasattr(sys.modules[type(inner).__module__], "create_causal_mask"):
+        inner.register_forward_pre_hook(_give_mask, with_kwargs=True)
+    return NamedTextEncoder(encoder) if inner is encoder else encoder
+
+
+def _give_mask(
+    encoder: torch.nn.Module, inputs: tuple[Any, ...], settings: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Put the mask among what an encoder is called with."""
+    tokens_BL = inputs[0] if inputs else settings["input_ids"]
+    weight: Any = encoder.get_parameter("embeddings.token_embedding.weight")
+    return inputs, {**settings, "attention_mask": _causal_mask(tokens_BL, weight.dtype)}
+
+
+def _causal_mask(tokens_BL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores of attention: 0, and ``dtype``'s least number for later tokens.
+
+    Version 5 masks by truth values. Its graph would have more operators, ``IsNaN`` among them.
+    """
+    batch, length = tokens_BL.shape
+    mask_LL = torch.full((length, length), torch.finfo(dtype).min, device=tokens_BL.device)
+    place_L = torch.arange(length, device=tokens_BL.device)
+    mask_LL.masked_fill_(place_L < (place_L + 1).view(length, 1), 0)
+    return mask_LL.to(dtype)[None, None, :, :].expand(batch, 1, length, length)
 
 
 # ``places`` of a stage: what its attributes are called in the diffusers folder. The weight map

@@ -12,6 +12,11 @@ diffusers then has the tokens TOKEN, TOKEN_1, TOKEN_2, and its ``maybe_convert_p
 of them where a prompt has TOKEN. Here the tokenizer does so itself: a rule of its normalizer
 replaces the word by the tokens of its vectors, whose names are characters of Unicode's private use.
 So ``tokenizer.json`` alone reads a prompt rightly.
+
+Version 4 of transformers takes ``tokenizer.json`` as it is. Version 5 takes vocabulary and merges
+from it, and builds the rest anew: the rules of words are lost. Of ``vocab.json`` and
+``merges.txt``, both build the same but for the pattern that splits a text, and for whether the
+special tokens are found in capitals too. So what was loaded is corrected here to version 4's.
 """
 
 from __future__ import annotations
@@ -37,6 +42,15 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import CLIPTokenizerFast
 
+SETTINGS = "tokenizer_config.json"
+WHOLE = "tokenizer.json"
+ADDED = "added_tokens.json"
+SPECIAL = "special_tokens_map.json"
+BY_VERSION = "fast_tokenizer_files"
+# Of CLIPConverter in transformers 4. Special tokens are found before a text is split, so version 5,
+# which has them in the pattern too, gives the same numbers.
+WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+
 
 def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenizerFast:
     """The tokenizer of a model, in its Rust form, with a length that the text encoder can read.
@@ -56,7 +70,8 @@ def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenize
 
     Raises:
         HipaError: the files are missing or damaged, cannot be read as a fast tokenizer, have no
-            padding token, have more tokens than the text encoder, or have too many added words.
+            padding token, have more tokens than the text encoder, or have too many added words; or
+            which of them is read would depend on the version of transformers.
 
     """
     from transformers import CLIPTokenizerFast
@@ -71,6 +86,7 @@ def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenize
         tokenizer = CLIPTokenizerFast.from_pretrained(
             config.folder, subfolder=part, local_files_only=True
         )
+        _correct_backend(tokenizer, folder)
     if tokenizer.pad_token_id is None:
         raise HipaError(
             f"{folder} has no padding token. Expected pad_token in tokenizer_config.json: "
@@ -88,6 +104,108 @@ def load_tokenizer(config: ModelConfig, part: str = "tokenizer") -> CLIPTokenize
     tokenizer.model_max_length = min(int(tokenizer.model_max_length), positions)
     _use_added_words(tokenizer, folder)
     return tokenizer
+
+
+def _correct_backend(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
+    """Give a tokenizer the Rust part that transformers 4 reads from ``folder``, in place.
+
+    Args:
+        tokenizer: loaded from ``folder``, by any version of transformers.
+        folder: of the tokenizer.
+
+    Raises:
+        HipaError: which file is read would depend on the version of transformers.
+        ValueError: tokenizer.json is no tokenizer of CLIP.
+
+    """
+    _check_one_file(folder)
+    if (folder / WHOLE).is_file():
+        _take_file(tokenizer, folder / WHOLE)
+    else:
+        _build_as_before(tokenizer, folder)
+
+
+def _check_one_file(folder: Path) -> None:
+    settings = read_config(folder, SETTINGS) if (folder / SETTINGS).is_file() else {}
+    if settings.get(BY_VERSION):
+        raise HipaError(
+            f"{folder}: {SETTINGS} names a tokenizer for each version of transformers "
+            f"({BY_VERSION}). Expected {WHOLE} alone. Remove that key in a copy of the folder."
+        )
+
+
+def _take_file(tokenizer: CLIPTokenizerFast, path: Path) -> None:
+    """Replace the Rust part by that of a file, with the tokens that were added on loading."""
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    own: Any = tokenizer.backend_tokenizer
+    whole: Any = Tokenizer.from_file(str(path))
+    if not isinstance(whole.pre_tokenizer, pre_tokenizers.Sequence):
+        raise ValueError("its pre_tokenizer is not CLIP's")
+    added = own.get_added_tokens_decoder()
+    # In the order of their numbers: a token that the file lacks gets the next number.
+    whole.add_tokens([added[number] for number in sorted(added)])
+    own.__setstate__(whole.to_str().encode())
+
+
+def _build_as_before(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
+    """Correct what was built of vocabulary and merges."""
+    from tokenizers import Regex, pre_tokenizers
+
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own: Any = tokenizer.backend_tokenizer
+    own.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+
+    # Version 4 looks for these after lower-casing, unless a file says otherwise.
+    stated = _stated_flags(folder)
+    special = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    content = json.loads(own.to_str())
+    changed = False
+    for token in content["added_tokens"]:
+        if token["special"] and token["content"] in special:
+            normalized = stated.get(token["content"], True)
+            changed = changed or token["normalized"] != normalized
+            token["normalized"] = normalized
+    # A token that is added once more with another flag is stored with it, and found without it.
+    if changed:
+        own.__setstate__(json.dumps(content).encode())
+
+
+def _stated_flags(folder: Path) -> dict[str, bool]:
+    """Which tokens the files say are looked for after a text is normalized, or before."""
+    settings = read_config(folder, SETTINGS) if (folder / SETTINGS).is_file() else {}
+    values = [*settings.values()]
+    if "added_tokens_decoder" in settings:
+        values += settings["added_tokens_decoder"].values()
+    elif (folder / SPECIAL).is_file():
+        values += read_config(folder, SPECIAL).values()
+    stated = {}
+    for value in values:
+        if isinstance(value, dict) and "content" in value:
+            stated[str(value["content"])] = bool(value.get("normalized", False))
+    return stated
+
+
+def save_tokenizer(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
+    """Write all files of a tokenizer, so that every version of transformers can read them.
+
+    Version 5 writes ``tokenizer.json`` alone. The slow tokenizer of version 4 reads the others.
+
+    Args:
+        tokenizer: from ``load_tokenizer``.
+        folder: where to write; it exists.
+
+    """
+    tokenizer.save_pretrained(folder)
+    rust: Any = tokenizer.backend_tokenizer
+    rust.model.save(str(folder))  # vocab.json and merges.txt
+    vocabulary = rust.get_vocab(with_added_tokens=False)
+    every = rust.get_vocab(with_added_tokens=True)
+    added = {token: number for token, number in every.items() if token not in vocabulary}
+    if added:
+        text = json.dumps(dict(sorted(added.items(), key=lambda item: item[1])), indent=2)
+        (folder / ADDED).write_text(text + "\n", encoding="utf-8")
 
 
 def words_of(tokenizer: CLIPTokenizerFast) -> dict[str, str]:

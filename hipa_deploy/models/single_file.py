@@ -211,11 +211,13 @@ def _read_shapes(checkpoint: Path) -> Shapes:
 def _current_name(name: str) -> str:
     """Return the name that diffusers expects for a tensor in the original layout.
 
-    Checkpoints of the first DreamBooth trainings name the text encoder without 'text_model'. A1111
-    and sd-scripts insert it as well.
+    Checkpoints of the first DreamBooth trainings name the text encoder without 'text_model', and so
+    do those that a tool writes beside transformers 5.6 or newer. A1111 and sd-scripts insert it as
+    well.
     """
-    if name.startswith(TEXT):
-        return TEXT + current_name(name.removeprefix(TEXT))
+    for prefix in (TEXT, SDXL_PARTS["text_encoder"]):
+        if name.startswith(prefix):
+            return prefix + current_name(name.removeprefix(prefix))
     return name
 
 
@@ -545,20 +547,31 @@ def _convert(checkpoint: Path, config: str, shapes: Shapes, out: Path) -> None:
         if rewritten is not None:
             rewritten.unlink()
         try:
-            pipe.save_pretrained(scratch)
+            # The parts alone: version 5 of transformers would store the tokenizers otherwise.
+            for part in parts:
+                if part != "vae" or has_vae:
+                    getattr(pipe, part).save_pretrained(scratch / part)
+            _store_usual_names(scratch / "text_encoder")
         except (OSError, SafetensorError) as error:
             raise HipaError(
                 f"model {checkpoint} cannot be stored in {out.parent}: {first_line(error)}"
             ) from None
-        if not has_vae:
-            _list_vae(scratch)
 
 
-def _list_vae(folder: Path) -> None:
-    """List the VAE that a folder has the configuration of: diffusers leaves out what it has not."""
-    index = read_config(folder, INDEX)
-    index["vae"] = ["diffusers", "AutoencoderKL"]
-    write_files({INDEX: index}, folder)
+def _store_usual_names(folder: Path) -> None:
+    """Name the weights of a text encoder as every version of transformers reads them.
+
+    Since 5.6 it stores them without 'text_model', and reads both. Earlier versions would fill a
+    text encoder with such names with random numbers.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = folder / f"model{SAFETENSORS}"
+    if all(current_name(name) == name for name in read_layout(path)):
+        return
+    tensors = load_file(path)
+    usual = {current_name(name): weight.clone() for name, weight in tensors.items()}
+    save_file(usual, path, metadata={"format": "pt"})
 
 
 def _copy_config(folder: Path, out: Path) -> None:

@@ -8,7 +8,7 @@ of a context, D its width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,5 +42,22 @@ def text_context(
     else:
         # The embeddings come first, then what each layer gives.
         states = encoder(tokens_NC, output_hidden_states=True).hidden_states
-        context_NCD = encoder.text_model.final_layer_norm(states[-1 - clip_skip])
+        context_NCD = text_module(encoder).final_layer_norm(states[-1 - clip_skip])
     return context_NCD.reshape(batch, length, -1)
+
+
+def text_module(encoder: Any) -> Any:
+    """The module that has a CLIP text encoder's embeddings, its layers and its final norm.
+
+    Before transformers 5.6, CLIPTextModel holds it as ``text_model``. Since then it is the model
+    itself. CLIPTextModelWithProjection holds it in every version.
+
+    Args:
+        encoder: a CLIPTextModel or CLIPTextModelWithProjection.
+
+    Example:
+        >>> len(text_module(encoder).encoder.layers)
+        12
+
+    """
+    return getattr(encoder, "text_model", encoder)

@@ -113,6 +113,7 @@ def test_generic_layout_gives_the_same_image(fp32_bundle: Bundle, generic_bundle
 
 
 def test_generic_layout_runs_in_optimum(generic_bundle: Bundle) -> None:
+    pytest.importorskip("optimum.onnxruntime")
     from optimum.onnxruntime import ORTDiffusionPipeline
 
     theirs = ORTDiffusionPipeline.from_pretrained(

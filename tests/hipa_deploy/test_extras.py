@@ -26,10 +26,10 @@ def test_a_missing_module_comes_with_the_pip_command(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("extra", ["train", "export"])
 def test_a_package_that_is_too_new(extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras, "version", lambda package: "5.24.0")
+    monkeypatch.setattr(extras, "version", lambda package: "6.0.1")
     with pytest.raises(
         HipaError,
-        match=r"transformers 5.24.0 is installed. Expected a version below 5. Run: pip install",
+        match=r"transformers 6.0.1 is installed. Expected a version below 6. Run: pip install",
     ):
         extras.require(extra)
     # Others have no such bound.

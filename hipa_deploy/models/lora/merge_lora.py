@@ -12,22 +12,28 @@ from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.lora.formulas import weight_change, with_magnitude
 from hipa_deploy.models.lora.kinds import kind_of
 from hipa_deploy.models.lora.lora_file import LoraFile, LoraLayer
-from hipa_deploy.models.lora.names import LayerKey, ModuleNames
+from hipa_deploy.models.lora.names import SECOND, LayerKey, ModuleNames
+from hipa_deploy.models.text_context import text_module
+from hipa_deploy.models.weights.load_part import TEXT_PREFIX
 
 # What has a weight that a file may change: LyCORIS trains norm layers too, with a whole difference.
 CHANGEABLE = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
 
 
 def module_names(parts: Mapping[str, nn.Module]) -> ModuleNames:
-    """The layers that a LoRA may change: everything that has a weight, by its name in its part."""
+    """The layers that a LoRA may change: everything that has a weight, by its name in its part.
+
+    A text encoder's layers have names with ``text_model.`` in every version of transformers.
+    """
     names: dict[str, Iterable[str]] = {}
     context_width = None
     for part, model in parts.items():
         found = []
+        prefix = TEXT_PREFIX if _is_bare_text(part, model) else ""
         for name, module in model.named_modules():
             if not isinstance(module, CHANGEABLE):
                 continue
-            found.append(name)
+            found.append(prefix + name)
             if name.endswith("attn2.to_k") and isinstance(module, nn.Linear):
                 context_width = module.in_features
         names[part] = found
@@ -66,7 +72,7 @@ def merge_lora(
     for key, layer in lora.layers.items():
         if key.part not in parts:
             continue
-        module = parts[key.part].get_submodule(key.module)
+        module = _module(parts[key.part], key)
         try:
             with as_line(f"layer {key} cannot be merged", "Copy or convert the file again."):
                 weights += _changed(key, layer, module, scale, option)
@@ -74,6 +80,19 @@ def merge_lora(
             raise HipaError(f"{lora.path}: {error}") from None
     for parameter, value in weights:
         parameter.copy_(value)
+
+
+def _is_bare_text(part: str, model: nn.Module) -> bool:
+    """Whether a part is a text encoder whose own names lack ``text_model.``."""
+    return part in ("text_encoder", SECOND) and text_module(model) is model
+
+
+def _module(model: nn.Module, key: LayerKey) -> nn.Module:
+    """The layer that a key names."""
+    name = key.module
+    if _is_bare_text(key.part, model):
+        name = name.removeprefix(TEXT_PREFIX)
+    return model.get_submodule(name)
 
 
 def check_scale(scale: float) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from hipa_deploy.models.lora.original_names import original_names
+from hipa_deploy.models.weights.load_part import TEXT_PREFIX
 
 # Ends of keys and the role that they stand for, the longest first where one ends another.
 ROLES = {
@@ -138,7 +139,7 @@ class ModuleNames:
         self._underscored: dict[str, dict[str, str]] = {}
         for part, names in modules.items():
             own = {name: name for name in names}
-            aliases = original_names(own) if part == "unet" else {}
+            aliases = original_names(own) if part == "unet" else _bare_names(own)
             self._dotted[part] = {**aliases, **own}
             self._underscored[part] = {
                 name.replace(".", "_"): module for name, module in self._dotted[part].items()
@@ -218,12 +219,18 @@ class ModuleNames:
         # And so CLIP's attention, whose own names are others.
         name = re.sub(r"\.self_attn\.to_([qkv])$", r".self_attn.\1_proj", name)
         name = re.sub(r"\.self_attn\.to_out$", ".self_attn.out_proj", name)
-        # CLIP's layers are in a module text_model, which some files and releases leave out.
-        candidates = (name, f"{name}.0", f"text_model.{name}", name.removeprefix("text_model."))
-        for candidate in candidates:
+        for candidate in (name, f"{name}.0"):
             if candidate in self._dotted[part]:
                 return self._dotted[part][candidate]
         return None
+
+
+def _bare_names(modules: Iterable[str]) -> dict[str, str]:
+    """Names of a text encoder's layers without ``text_model.``, and the names with it.
+
+    Some tools leave it out, and so do files that are written with transformers 5.6 or newer.
+    """
+    return {name.removeprefix(TEXT_PREFIX): name for name in modules}
 
 
 def _prefix_of(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.gpu import run
-from benchmarks.gpu.wheels import packages, pinned
+from benchmarks.gpu.wheels import EXTRAS, packages, pinned
 
 
 def names(wanted: list[str]) -> set[str]:
@@ -11,7 +11,7 @@ def names(wanted: list[str]) -> set[str]:
 
 
 def test_everything_is_there_but_torch():
-    wanted = names(packages(["train", "export"], "3.12"))
+    wanted = names(packages(EXTRAS, "3.12"))
     needed = {*run.NEEDED.values(), *run.OPTIONAL.values()} - {"torch"}
     assert needed <= wanted
     assert "torch" not in wanted

@@ -72,6 +72,7 @@ def images_of(pipe: Any, prompt: str, **options: Any) -> np.ndarray:
 def test_optimum_diffusers_and_the_runtime_give_one_image(
     bundle: Bundle, diffusers_pipe: Any
 ) -> None:
+    pytest.importorskip("optimum.onnxruntime")
     from optimum.onnxruntime import ORTDiffusionPipeline, ORTStableDiffusionXLPipeline
 
     optimum = ORTDiffusionPipeline.from_pretrained(

@@ -30,7 +30,7 @@ from hipa_deploy.bundle.onnx_weights import read_initializers, skeleton_sha256
 from hipa_deploy.embedded import ADAPTOR, BUNDLE, MODEL
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.graph.modules import TinyDecoder
+from hipa_deploy.export.graph.modules import TinyDecoder, named_encoder
 from hipa_deploy.export.graph.to_onnx import export_stage
 from hipa_deploy.export.graph.weight_map import LAYOUTS
 from hipa_deploy.export.merge import merge_adaptor
@@ -50,7 +50,7 @@ def merged_model(
     if adaptor_dir:
         merge_adaptor(unet, adaptor_dir)
     vae = AutoencoderKL.from_pretrained(model_dir, subfolder="vae")
-    encoder = CLIPTextModel.from_pretrained(model_dir, subfolder="text_encoder")
+    encoder = named_encoder(CLIPTextModel.from_pretrained(model_dir, subfolder="text_encoder"))
     parts = {"unet": unet, "vae": vae, "text_encoder": encoder}
     values = {
         f"{part}.{name}": value.clone()

@@ -6,6 +6,7 @@ import html
 import json
 import shutil
 import unicodedata
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -25,11 +26,13 @@ from hipa_deploy.models.clip_tokenizer import (
     load_tokenizer,
     prompt_tokenizer,
     rust_tokenizer,
+    save_tokenizer,
     words_of,
 )
 from hipa_deploy.models.configurations import write_config
 from hipa_deploy.models.model_config import ModelConfig
 from tests.tiny_model import make_model
+from tests.usual_layout import find_as_written, store_as_4, store_as_5
 
 TEXTS = [
     "",
@@ -239,8 +242,11 @@ def add_words(
 ) -> CLIPTokenizer:
     """Save a model's tokenizer with the words of embeddings, as a pipeline of diffusers does."""
     slow = CLIPTokenizer.from_pretrained(folder, subfolder=part)
+    find_as_written(slow)
     slow.add_tokens(list(words))
+    shutil.rmtree(folder / part)
     slow.save_pretrained(folder / part)
+    store_as_4(folder)
     encoder = part.replace("tokenizer", "text_encoder")
     edit(folder / encoder / "config.json", vocab_size=len(slow))
     return slow
@@ -307,14 +313,123 @@ def test_words_that_are_found_before_the_text_is_normalized(copy: Path, saved_by
         assert prompt_tokenizer(tokenizer)([text])[0].tolist() == expected
 
 
-@pytest.mark.parametrize(("name", "part"), [("sd15", "tokenizer"), ("sdxl", "tokenizer_2")])
-def test_a_folder_without_added_words_is_as_transformers_has_it(
-    tmp_path: Path, name: str, part: str
+# What CLIPTokenizerFast of transformers 4.57.6 makes of vocab.json and merges.txt.
+SPECIAL = {
+    "single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": True,
+}  # fmt: skip
+BUILT = {
+    "truncation": None,
+    "padding": None,
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "NFC"},
+            {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "},
+            {"type": "Lowercase"},
+        ],
+    },
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {
+                    "Regex": r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+                },
+                "behavior": "Removed",
+                "invert": True,
+            },
+            {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": True},
+        ],
+    },
+    "post_processor": {
+        "type": "RobertaProcessing",
+        "sep": ["<|endoftext|>", 49407],
+        "cls": ["<|startoftext|>", 49406],
+        "trim_offsets": False,
+        "add_prefix_space": False,
+    },
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                "use_regex": True},
+    "model": {
+        "type": "BPE", "dropout": None, "unk_token": "<|endoftext|>",
+        "continuing_subword_prefix": "", "end_of_word_suffix": "</w>", "fuse_unk": False,
+        "byte_fallback": False, "ignore_merges": False,
+    },
+}  # fmt: skip
+START = {"id": 49406, "content": "<|startoftext|>", **SPECIAL}
+END = {"id": 49407, "content": "<|endoftext|>", **SPECIAL}
+PAD = {"id": 0, "content": "!", **SPECIAL, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "tokens"),
+    [("sd15", "tokenizer", [START, END]), ("sdxl", "tokenizer_2", [PAD, START, END])],
+)
+def test_what_is_built_of_vocabulary_and_merges(
+    tmp_path: Path, name: str, part: str, tokens: list[dict[str, Any]]
 ) -> None:
+    """A bundle has it, so that it is the same whatever version of transformers exported it."""
     folder = write_config(name, tmp_path / name)
-    expected = CLIPTokenizerFast.from_pretrained(folder, subfolder=part)
-    ours = load_tokenizer(ModelConfig.read(folder), part)
-    assert ours.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    built = load_tokenizer(ModelConfig.read(folder), part).backend_tokenizer.to_str()
+    content = json.loads(built)
+    model = content["model"]
+    vocabulary = json.loads((folder / part / "vocab.json").read_text(encoding="utf-8"))
+    assert model.pop("vocab") == vocabulary
+    assert [" ".join(pair) for pair in model.pop("merges")] == (
+        (folder / part / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    )
+    assert content["added_tokens"] == tokens
+    assert {key: content[key] for key in BUILT} == BUILT
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_special_tokens_in_capitals(copy: Path, normalized: bool) -> None:
+    """A file may say whether they are found before lower-casing; if none does, after."""
+    words = ("<|startoftext|>", "<|endoftext|>")
+    if not normalized:
+        tokens = {}
+        for key, word in zip(("bos_token", "eos_token"), words, strict=True):
+            tokens[key] = {"content": word, **SPECIAL, "normalized": False}
+            del tokens[key]["special"]
+        edit(copy / "tokenizer/special_tokens_map.json", unk_token=tokens["eos_token"], **tokens)
+    tokenizer = load_tokenizer(ModelConfig.read(copy))
+    numbers = ids(tokenizer, "a <|ENDOFTEXT|> b")
+    assert numbers[:2] == [49406, 320]
+    assert (numbers[2:5] == [49407, 321, 49407]) is normalized
+
+
+@pytest.mark.parametrize("store", [store_as_4, store_as_5])
+def test_both_layouts_of_a_folder_give_one_tokenizer(
+    copy: Path, sd15: Path, store: Callable
+) -> None:
+    store(copy)
+    assert (copy / "tokenizer/vocab.json").exists() is (store is store_as_4)
+    tokenizer = load_tokenizer(ModelConfig.read(copy))
+    expected = load_tokenizer(ModelConfig.read(sd15))
+    assert [ids(tokenizer, text) for text in TEXTS] == [ids(expected, text) for text in TEXTS]
+
+
+def test_a_tokenizer_for_each_version_is_refused(copy: Path) -> None:
+    edit(copy / "tokenizer/tokenizer_config.json", fast_tokenizer_files=["tokenizer.4.0.0.json"])
+    with pytest.raises(HipaError, match=r"each version of transformers .*tokenizer\.json alone"):
+        load_tokenizer(ModelConfig.read(copy))
+
+
+def test_every_version_can_read_what_is_saved(copy: Path) -> None:
+    """The slow tokenizer of version 4 reads vocabulary, merges and added tokens."""
+    add_words(copy, ADDED)
+    tokenizer = load_tokenizer(ModelConfig.read(copy))
+    expected = [ids(tokenizer, text) for text in PROMPTS]
+    shutil.rmtree(copy / "tokenizer")
+    (copy / "tokenizer").mkdir()
+    save_tokenizer(tokenizer, copy / "tokenizer")
+    names = {path.name for path in (copy / "tokenizer").iterdir()}
+    assert names >= {"vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"}
+    assert len(json.loads((copy / "tokenizer/added_tokens.json").read_text())) == len(ADDED)
+    again = load_tokenizer(ModelConfig.read(copy))
+    assert [ids(again, text) for text in PROMPTS] == expected
 
 
 def test_a_word_of_too_many_vectors(copy: Path) -> None:

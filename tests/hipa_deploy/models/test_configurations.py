@@ -13,6 +13,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from hipa_deploy.export.graph.modules import named_encoder
 from hipa_deploy.models.configurations import MODELS, transformer_count, write_config
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.single_file import SDXL_CROSS_ATTENTION
@@ -90,7 +91,9 @@ def test_shapes_are_those_of_the_published_weights(config: tuple[str, Path]) -> 
 def test_every_weight_of_the_published_layout_finds_its_place(config: tuple[str, Path]) -> None:
     name, folder = config
     parts = models(folder)
-    own = {part: module.state_dict() for part, module in parts.items()}
+    # The original layout's conversion has the names text_model.* in every version of transformers.
+    named = {**parts, "text_encoder": named_encoder(parts["text_encoder"])}
+    own = {part: module.state_dict() for part, module in named.items()}
     unet = unet_names(own["unet"])
     vae = vae_names(own["vae"])
     is_sdxl = "text_encoder_2" in parts

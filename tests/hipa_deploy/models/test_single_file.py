@@ -378,19 +378,19 @@ def test_two_processes_convert_one_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second takes the first's result, whenever the first is ready."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import UNet2DConditionModel
 
     checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
-    save = StableDiffusionPipeline.save_pretrained
+    save = UNet2DConditionModel.save_pretrained
     outs = []
 
-    def save_late(self: StableDiffusionPipeline, path: Path) -> None:
-        monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", save)
+    def save_late(self: UNet2DConditionModel, path: Path) -> None:
+        monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", save)
         outs.append(model_folder(str(checkpoint), str(folder)))
         (outs[0] / "winner").touch()
         self.save_pretrained(path)
 
-    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", save_late)
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", save_late)
     out = model_folder(str(checkpoint), str(folder))
     assert outs == [out]
     assert (out / "winner").exists()
@@ -520,13 +520,13 @@ def test_a_full_disk_is_found_before_the_conversion(
 def test_a_cache_that_cannot_be_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import UNet2DConditionModel
 
     def full(self: object, path: Path) -> None:
         raise OSError("No space left on device")
 
     checkpoint = write_checkpoint(folder, tmp_path / "mine.safetensors")
-    monkeypatch.setattr(StableDiffusionPipeline, "save_pretrained", full)
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", full)
     with pytest.raises(HipaError, match=r"cannot be written: the disk is full"):
         model_folder(str(checkpoint), str(folder))
 

@@ -18,6 +18,7 @@ from hipa_deploy.models.lora.embeddings import add_rows, add_tokens, read_embedd
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import EmbeddingChoice
 from tests.tiny_model import make_model
+from tests.usual_layout import find_as_written, store_as_4
 
 WIDTH = 16
 # The word alone, within words, twice, in other letters, beside punctuation, and one vector of it.
@@ -69,6 +70,7 @@ def test_contexts_are_those_of_diffusers(
     save_file({"<zz>": vectors(2)}, other)
 
     pipe = StableDiffusionPipeline.from_pretrained(model_dir)
+    find_as_written(pipe.tokenizer)
     pipe.load_textual_inversion(str(path), token="<Cat>")
     pipe.load_textual_inversion(str(other))
 
@@ -145,8 +147,10 @@ def test_an_embedding_beside_those_that_a_folder_was_saved_with(
     save_file({"<Cat>": vectors(3)}, tmp_path / "cat.safetensors")
     save_file({"<Cat>_big": vectors(2)}, tmp_path / "big.safetensors")
     pipe = StableDiffusionPipeline.from_pretrained(model_dir)
+    find_as_written(pipe.tokenizer)
     pipe.load_textual_inversion(str(tmp_path / "cat.safetensors"))
     pipe.save_pretrained(tmp_path / "saved")
+    store_as_4(tmp_path / "saved")
     pipe.load_textual_inversion(str(tmp_path / "big.safetensors"))
 
     tokenizer = load_tokenizer(ModelConfig.read(tmp_path / "saved"))

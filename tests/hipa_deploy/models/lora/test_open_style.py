@@ -15,6 +15,7 @@ from hipa_deploy.models.clip_tokenizer import load_tokenizer
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import EmbeddingChoice, LoraChoice, Style
+from hipa_deploy.models.text_context import text_module
 from tests.style_samples import write_embedding, write_lora
 from tests.tiny_model import make_model
 
@@ -46,9 +47,9 @@ def test_the_model_is_the_one_that_diffusers_fuses(model_dir: Path, tmp_path: Pa
         expected = getattr(pipe, part).state_dict()
         for name, weight in getattr(own, part).state_dict().items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
-    changed = own.text_encoder.text_model.encoder.layers[0].self_attn.q_proj.weight
+    changed = text_module(own.text_encoder).encoder.layers[0].self_attn.q_proj.weight
     plain = StableDiffusionPipeline.from_pretrained(model_dir).text_encoder
-    assert not torch.equal(changed, plain.text_model.encoder.layers[0].self_attn.q_proj.weight)
+    assert not torch.equal(changed, text_module(plain).encoder.layers[0].self_attn.q_proj.weight)
 
 
 def test_what_a_manifest_says(model_dir: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.style import EmbeddingChoice, Style
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from tests.tiny_sdxl import FIRST_WIDTH, SECOND_WIDTH, make_sdxl
+from tests.usual_layout import find_as_written
 
 WIDTHS = (FIRST_WIDTH, SECOND_WIDTH)
 TEXTS = ["a photo of <Cat> in red!!", "<Cat>", "a <zz> on <Cat>", "plain words"]
@@ -63,6 +64,8 @@ def test_conditions_are_those_of_diffusers(model: Path, tmp_path: Path) -> None:
     first = write_one(tmp_path / "learned_embeds.safetensors", WIDTHS[0])
     second = write_one(tmp_path / "learned_embeds_2.safetensors", WIDTHS[1])
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(model)
+    find_as_written(pipe.tokenizer)
+    find_as_written(pipe.tokenizer_2)
     load_with_diffusers(pipe, pair, "<Cat>")
     pipe.load_textual_inversion(str(first))
     pipe.load_textual_inversion(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hipa_deploy.errors import HipaError
+from hipa_deploy.export.graph.modules import named_encoder
 from hipa_deploy.models.lora.early_lora import check_style
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
@@ -53,7 +54,7 @@ def parts(model: Path) -> dict[str, torch.nn.Module]:
 
     return {
         "unet": load_part(UNet2DConditionModel, model / "unet"),
-        "text_encoder": load_part(CLIPTextModel, model / "text_encoder"),
+        "text_encoder": named_encoder(load_part(CLIPTextModel, model / "text_encoder")),
         "text_encoder_2": load_part(CLIPTextModelWithProjection, model / "text_encoder_2"),
     }
 

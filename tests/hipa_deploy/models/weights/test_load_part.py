@@ -38,6 +38,7 @@ from tests.packaging import (
     with_old_attention,
 )
 from tests.tiny_model import make_model
+from tests.usual_layout import transformers_takes_peft
 
 KINDS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
@@ -189,6 +190,8 @@ def test_weights_of_another_model_are_found_before_an_export_begins(
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_a_lora_that_was_loaded_and_not_fused(model: Path, tmp_path: Path, part: str) -> None:
     """diffusers saves it in the names of the UNet's weights, transformers in a file of its own."""
+    if part == "text_encoder" and not transformers_takes_peft():
+        pytest.skip("the installed transformers refuses the installed peft")
     pipe = StableDiffusionPipeline.from_pretrained(model)
     targets = ["to_q"] if part == "unet" else ["q_proj"]
     getattr(pipe, part).add_adapter(LoraConfig(r=2, target_modules=targets))
