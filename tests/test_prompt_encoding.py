@@ -206,6 +206,9 @@ def test_a_closed_set_with_weights(model_dir: Path, tmp_path: Path) -> None:
 def diffusers_context(model_dir: Path, prompts: list[str], clip_skip: int | None) -> np.ndarray:
     """diffusers' own, with the tokenizer that the bundle has."""
     pipe = StableDiffusionPipeline.from_pretrained(model_dir, tokenizer=None)
+    # diffusers 0.42 asks for text_model with any version of transformers. As a plain value, because
+    # the module would hold itself.
+    vars(pipe.text_encoder).setdefault("text_model", text_module(pipe.text_encoder))
     pipe.tokenizer = load_tokenizer(ModelConfig.read(model_dir))
     encoded = pipe.encode_prompt(prompts, "cpu", 1, False, clip_skip=clip_skip)
     context_BLD: np.ndarray = encoded[0].numpy()
