@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,16 +44,47 @@ _RAW_DATA = 9
 _EXTERNAL = 13
 
 
+class WeightFile:
+    """A file of weights, mapped once for all of them while an array of one of them lives.
+
+    Each mapping takes a number of an open file. A UNet has hundreds or thousands of weights, and
+    systems give a process 1,024 such numbers as they come.
+
+    Args:
+        path: of the file.
+
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._mapped: weakref.ref[np.memmap] | None = None
+
+    def mapped(self) -> np.memmap:
+        """Its bytes, uint8; they cannot be written."""
+        with self._lock:
+            mapped = self._mapped() if self._mapped is not None else None
+            if mapped is None:
+                mapped = np.memmap(self.path, np.uint8, "r")
+                self._mapped = weakref.ref(mapped)
+            return mapped
+
+
 @dataclass(frozen=True)
 class Initializer:
-    """A weight: ``nbytes`` bytes at ``offset`` of the file ``path``, little endian, row by row."""
+    """A weight: ``nbytes`` bytes at ``offset`` of a file, little endian, row by row."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    path: Path
+    file: WeightFile
     offset: int
     nbytes: int
+
+    @property
+    def path(self) -> Path:
+        """Of the file."""
+        return self.file.path
 
     @property
     def header(self) -> tuple[np.dtype, tuple[int, ...]]:
@@ -62,8 +95,7 @@ class Initializer:
         """The values, mapped from the file: nothing is copied, and the array cannot be written."""
         if not self.nbytes:
             return np.zeros(self.shape, self.dtype)
-        shape = self.shape or (1,)  # a mapping of no dimensions is not possible
-        return np.memmap(self.path, self.dtype, "r", self.offset, shape).reshape(self.shape)
+        return np.ndarray(self.shape, self.dtype, self.file.mapped(), self.offset)
 
 
 def read_initializers(path: Path) -> dict[str, Initializer]:
@@ -77,11 +109,12 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
 
     """
     found = []
+    files: dict[Path, WeightFile] = {}
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             for graph in spans(data, (0, len(data)), _MODEL_GRAPH):
                 for span in spans(data, graph, _GRAPH_INITIALIZER):
-                    found.append(_initializer(data, span, path))
+                    found.append(_initializer(data, span, path, files))
     except (IndexError, KeyError, ValueError, TypeError) as error:
         raise HipaError(
             f"{path} is not an ONNX file that can be read ({error!r}). Export the bundle again."
@@ -89,8 +122,8 @@ def read_initializers(path: Path) -> dict[str, Initializer]:
     return {weight.name: weight for weight in found}
 
 
-def _initializer(data: Any, span: Span, path: Path) -> Initializer:
-    """The TensorProto at ``span``."""
+def _initializer(data: Any, span: Span, path: Path, files: dict[Path, WeightFile]) -> Initializer:
+    """The TensorProto at ``span``; a file that ``files`` lacks is added."""
     single: dict[int, Any] = {}
     dims: list[int] = []
     external: dict[str, str] = {}
@@ -120,7 +153,8 @@ def _initializer(data: Any, span: Span, path: Path) -> Initializer:
         raise ValueError(f"{name}: {length} bytes, expected {size}")
     if size and not 0 <= start <= where.stat().st_size - size:
         raise ValueError(f"{name}: its {size} bytes do not lie in {where.name}")
-    return Initializer(name, dtype, tuple(dims), where, start, size)
+    file = files.setdefault(where, WeightFile(where))
+    return Initializer(name, dtype, tuple(dims), file, start, size)
 
 
 def _entry(data: Any, span: Span) -> tuple[str, str]:
