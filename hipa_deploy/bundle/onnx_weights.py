@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import threading
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,17 +56,15 @@ class WeightFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock = threading.Lock()
         self._mapped: weakref.ref[np.memmap] | None = None
 
     def mapped(self) -> np.memmap:
         """Its bytes, uint8; they cannot be written."""
-        with self._lock:
-            mapped = self._mapped() if self._mapped is not None else None
-            if mapped is None:
-                mapped = np.memmap(self.path, np.uint8, "r")
-                self._mapped = weakref.ref(mapped)
-            return mapped
+        mapped = self._mapped() if self._mapped is not None else None
+        if mapped is None:
+            mapped = np.memmap(self.path, np.uint8, "r")
+            self._mapped = weakref.ref(mapped)
+        return mapped
 
 
 @dataclass(frozen=True)
