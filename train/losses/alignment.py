@@ -36,6 +36,7 @@ from hipa_deploy.train.losses.clip_folder import (
     clip_sha256,
     load_clip,
 )
+from hipa_deploy.train.losses.custom_loss import PROBE_SIZE, gradient_of
 from hipa_deploy.train.recipes.alignment_settings import AlignmentSettings
 from hipa_deploy.user_code import call_user_function, user_errors
 
@@ -45,7 +46,6 @@ EXPECTED = (
     "Expected a callable: float32 images [B, 3, H, W] in [0, 1] and a list of B prompts -> "
     "cosines [B] with a gradient for the images."
 )
-PROBE_SIZE = 64  # pixels, of the images that a user's scorer is tried on
 PROBE_PROMPTS = ("a red apple", "a boat")
 
 
@@ -205,9 +205,6 @@ def _check(name: str, scorer: Scorer) -> None:
     if not torch.isfinite(values).all() or float(values.abs().max()) > 1 + 1e-3:
         got = ", ".join(f"{float(value):g}" for value in values)
         raise HipaError(f"{what} gives {got} of two images: no cosines. {EXPECTED}")
-    gradient = None
-    if cosine.requires_grad:
-        with user_errors(f"{what} fails in its gradient", EXPECTED):
-            (gradient,) = torch.autograd.grad(cosine.sum(), image, allow_unused=True)
-    if gradient is None or not torch.isfinite(gradient).all() or not gradient.any():
+    gradient = gradient_of(cosine.sum(), image, what, EXPECTED)
+    if gradient is None or not torch.isfinite(gradient).all():
         raise HipaError(f"{what} has no finite gradient for the images. {EXPECTED}")

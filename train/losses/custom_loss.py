@@ -83,11 +83,28 @@ def _check(loss: CustomLoss) -> None:
     if not torch.isfinite(value):
         got = f"{float(value.detach()):g}"
         raise HipaError(f"{what} is {got} on two images, not finite. {EXPECTED}")
-    if not value.requires_grad:
-        raise HipaError(f"{what} has no gradient for the student's images. {EXPECTED}")
-    with user_errors(f"{what} fails in its gradient", EXPECTED):
-        (gradient,) = torch.autograd.grad(value, image, allow_unused=True)
-    if gradient is None or not gradient.any():
+    gradient = gradient_of(value, image, what, EXPECTED)
+    if gradient is None:
         raise HipaError(f"{what} has no gradient for the student's images. {EXPECTED}")
     if not torch.isfinite(gradient).all():
         raise HipaError(f"{what} has a gradient that is not finite. {EXPECTED}")
+
+
+def gradient_of(value: Tensor, image: Tensor, what: str, expected: str) -> Tensor | None:
+    """The gradient, for images, of what a user's code computed of them; None where it has none.
+
+    Args:
+        value: A scalar.
+        image: It requires a gradient.
+        what: What the code is, for messages.
+        expected: What it should be, for messages.
+
+    Raises:
+        HipaError: the code fails in its backward pass.
+
+    """
+    if not value.requires_grad:
+        return None
+    with user_errors(f"{what} fails in its gradient", expected):
+        (gradient,) = torch.autograd.grad(value, image, allow_unused=True)
+    return gradient if gradient is not None and gradient.any() else None

@@ -6,9 +6,7 @@ import re
 
 from pydantic import Field, model_validator
 
-from hipa_deploy.train.recipes.recipe_table import Settings
-
-_CODE = re.compile(r"[\w.]+:\w+")
+from hipa_deploy.train.recipes.recipe_table import CODE, Settings
 
 
 class AlignmentSettings(Settings):
@@ -39,4 +37,4 @@ class AlignmentSettings(Settings):
 
 def is_code(scorer: str | None) -> bool:
     """Whether a scorer is a 'module:function', and not a folder."""
-    return scorer is not None and _CODE.fullmatch(scorer) is not None
+    return scorer is not None and re.fullmatch(CODE, scorer) is not None

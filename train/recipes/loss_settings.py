@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from hipa_deploy.train.recipes.recipe_table import Settings
+from hipa_deploy.train.recipes.recipe_table import CODE, Settings
 
 RADIUS = 0.2  # of the Nyquist frequency: there the high-pass is 1 - exp(-1/2) = 0.39
 
@@ -16,7 +16,7 @@ class ImageLossSettings(Settings):
 
     perceptual: Literal["dists", "lpips", "none"] = "dists"
     """Perceptual distance; none switches the term off."""
-    backbone: str = Field("lite0", pattern=r"^(lite0|vgg16|[\w.]+:\w+)$")
+    backbone: str = Field("lite0", pattern=rf"^(lite0|vgg16|{CODE})$")
     """Network of the perceptual distance: lite0, vgg16 (torchvision's, with the published channel
     weights), or your own module:function."""
     perceptual_weight: float = Field(1.0, ge=0)
@@ -40,7 +40,7 @@ class ImageLossSettings(Settings):
     """Operator of the edge term."""
     amplitude_weight: float = Field(0.0, ge=0)
     """Weight of the difference of Fourier amplitudes, which ignores the phase (ours)."""
-    custom: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
+    custom: str | None = Field(None, pattern=rf"^{CODE}$")
     """A loss of your own, module:function (docs/how-to/your-own-loss.md); needs --allow-code."""
     custom_weight: float = Field(1.0, ge=0)
     """Weight of your own loss."""
