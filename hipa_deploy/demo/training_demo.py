@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -28,7 +28,7 @@ from hipa_deploy.demo.steps import (
     print_summary,
     profile,
 )
-from hipa_deploy.demo.training_length import longest_within, quick_recipe, training_recipes
+from hipa_deploy.demo.training_length import longest_within, training_recipes
 from hipa_deploy.disk.files import write_file
 from hipa_deploy.extras import require
 from hipa_deploy.generate.pipeline import OneStepPipeline
@@ -62,17 +62,22 @@ def run_demo(out: Path | None, *, quick: bool, console: Console) -> None:
     """
     require("train", "export")
     started = time.perf_counter()
-    recipes = [quick_recipe()] if quick else training_recipes()
-    identities = [_identity(recipe) for recipe in recipes]
+    recipes = training_recipes(quick=quick)
+    model = unet_sha256(embedded.MODEL)
+    identities = []
+    for recipe in recipes:
+        identities.append({"model": model, "recipe": recipe.model_dump(mode="json")})
+
+    # A demo that was stopped goes on with its own length, whatever the pace is now.
     begun = begun_folder(out, identities)
-    if begun is not None:
+    if begun is None:
+        recipe = longest_within(recipes, TRAINING_SECONDS, console)
+        identity = identities[recipes.index(recipe)]
+        out = out or choose_folder(identity)
+        open_folder(out, identity)
+    else:
         out, number = begun
         recipe = recipes[number]
-    else:
-        recipe = longest_within(recipes, TRAINING_SECONDS, console)
-    identity = _identity(recipe)
-    out = out or choose_folder(identity)
-    open_folder(out, identity)
 
     with alone_in(out):
         adaptor = _train(out, recipe, quick, console)
@@ -84,11 +89,6 @@ def run_demo(out: Path | None, *, quick: bool, console: Console) -> None:
     seconds = time.perf_counter() - started
     results = [quality, latency]
     print_summary(out, columns, engines, results, _trained_with(), seconds, console)
-
-
-def _identity(recipe: Recipe) -> dict[str, Any]:
-    """What a demo's folder is for."""
-    return {"model": unet_sha256(embedded.MODEL), "recipe": recipe.model_dump(mode="json")}
 
 
 def _train(out: Path, recipe: Recipe, quick: bool, console: Console) -> Path:

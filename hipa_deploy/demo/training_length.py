@@ -54,18 +54,12 @@ QUICK: dict[str, Any] = {
 REPEATS = 2  # timed calls of each part of a training
 
 
-def training_recipes() -> list[Recipe]:
-    """The recipes of the demo's trainings, the longest first."""
+def training_recipes(*, quick: bool = False) -> list[Recipe]:
+    """The recipes of the demo's trainings, the longest first; ``quick`` has one of a few steps."""
     from hipa_deploy.train.recipes.recipe import load_recipe
 
-    return [load_recipe(embedded.NAME, COMMON | length) for length in LENGTHS]
-
-
-def quick_recipe() -> Recipe:
-    """The recipe of the demo that trains for a few steps only."""
-    from hipa_deploy.train.recipes.recipe import load_recipe
-
-    return load_recipe(embedded.NAME, COMMON | QUICK)
+    lengths = (QUICK,) if quick else LENGTHS
+    return [load_recipe(embedded.NAME, COMMON | length) for length in lengths]
 
 
 def longest_within(recipes: Sequence[Recipe], seconds: float, console: Console) -> Recipe:

@@ -79,7 +79,7 @@ def test_a_gpu_trains_the_longest_demo_and_no_pace_is_measured(
 
 
 def test_the_pace_is_measured_here(console: Console) -> None:
-    recipe = training_length.quick_recipe()
+    (recipe,) = training_length.training_recipes(quick=True)
     shorter = recipe.model_copy(update={"steps": 1})
     # No machine trains in a microsecond.
     assert training_length.longest_within([recipe, shorter], 1e-6, console) is shorter
