@@ -118,20 +118,16 @@ def _correct_backend(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
         ValueError: tokenizer.json is no tokenizer of CLIP.
 
     """
-    _check_one_file(folder)
-    if (folder / WHOLE).is_file():
-        _take_file(tokenizer, folder / WHOLE)
-    else:
-        _build_as_before(tokenizer, folder)
-
-
-def _check_one_file(folder: Path) -> None:
     settings = read_config(folder, SETTINGS) if (folder / SETTINGS).is_file() else {}
     if settings.get(BY_VERSION):
         raise HipaError(
             f"{folder}: {SETTINGS} names a tokenizer for each version of transformers "
             f"({BY_VERSION}). Expected {WHOLE} alone. Remove that key in a copy of the folder."
         )
+    if (folder / WHOLE).is_file():
+        _take_file(tokenizer, folder / WHOLE)
+    else:
+        _build_as_before(tokenizer, _stated_flags(folder, settings))
 
 
 def _take_file(tokenizer: CLIPTokenizerFast, path: Path) -> None:
@@ -148,8 +144,8 @@ def _take_file(tokenizer: CLIPTokenizerFast, path: Path) -> None:
     own.__setstate__(whole.to_str().encode())
 
 
-def _build_as_before(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
-    """Correct what was built of vocabulary and merges."""
+def _build_as_before(tokenizer: CLIPTokenizerFast, stated: Mapping[str, bool]) -> None:
+    """Correct what was built of vocabulary and merges, by what the files say of tokens."""
     from tokenizers import Regex, pre_tokenizers
 
     words = pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True)
@@ -158,7 +154,6 @@ def _build_as_before(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
     own.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
 
     # Version 4 looks for these after lower-casing, unless a file says otherwise.
-    stated = _stated_flags(folder)
     special = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
     content = json.loads(own.to_str())
     changed = False
@@ -172,9 +167,8 @@ def _build_as_before(tokenizer: CLIPTokenizerFast, folder: Path) -> None:
         own.__setstate__(json.dumps(content).encode())
 
 
-def _stated_flags(folder: Path) -> dict[str, bool]:
+def _stated_flags(folder: Path, settings: Mapping[str, Any]) -> dict[str, bool]:
     """Which tokens the files say are looked for after a text is normalized, or before."""
-    settings = read_config(folder, SETTINGS) if (folder / SETTINGS).is_file() else {}
     values = [*settings.values()]
     if "added_tokens_decoder" in settings:
         values += settings["added_tokens_decoder"].values()
