@@ -4,25 +4,34 @@ uvicorn closes an idle connection after an answer, and none on which a client ha
 head, or has sent half of the next one. Thousands of those would take all file descriptors. So would
 clients that do not take their answers: a connection with bytes to send stays open until they have
 left, also after it was closed.
+
+The parser is httptools, which has no limit on the size of a head. It is fed in small pieces, so
+that a head can be refused while it comes, and few requests are parsed before their turn.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from http import HTTPStatus
 from typing import Any
 
-import h11
-from fastapi.responses import JSONResponse
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from hipa_deploy.serve.process.doorkeeper import Doorkeeper
 from hipa_deploy.serve.settings import ANSWER_SECONDS, HEAD_SECONDS
-from hipa_deploy.serve.web.api_errors import error_response
+from hipa_deploy.serve.web.api_errors import ApiError, headers_too_large
 from hipa_deploy.serve.web.guard import GIVE_UP, PLACE
 
+_PIECE = 4096  # bytes that the parser gets at once
+# Bytes of a request that are not its body, beside what the frames of a body in small chunks take.
+_MOST_BESIDE_BODY = 64 * 1024
+_FRAMES = 8  # bytes of frames for each byte of a body
+_FRAMING = (b"content-length", b"transfer-encoding")
 
-class PunctualProtocol(H11Protocol):
+
+class PunctualProtocol(HttpToolsProtocol):
     """Closes a connection whose next request's head is not complete after ``HEAD_SECONDS``.
 
     One on which nothing has begun since its last answer is kept for uvicorn's keep-alive time,
@@ -42,6 +51,15 @@ class PunctualProtocol(H11Protocol):
         self._left = 0  # bytes that the client had not taken at the last look
         self._unwanted = 0  # bytes of a refused request's body that are still to come
         self._place: object | None = None  # of the latest request, in the doorkeeper's arrivals
+        # Requests that were parsed and may not be answered yet; ``cycle`` is the latest of them.
+        self._parsed: deque[RequestResponseCycle] = deque()
+        self._in_head = False  # a request has begun, and its head is not complete
+        self._in_request = False  # a request has begun, and its body is not complete
+        self._beside_body = 0  # bytes of the latest request that are not its body
+        self._of_body = 0  # bytes of its body
+        self._held = b""  # what came behind a request that waits for its turn
+        self._broken = False  # what came is no HTTP, and what comes is not read
+        self._repeats_head = False  # the parser reads a head that it has read before
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
@@ -54,31 +72,16 @@ class PunctualProtocol(H11Protocol):
         self._stop_watching()
         if self._next_look is not None:
             self._next_look.cancel()
-        if self.scope is not None:
-            # Otherwise the scope and this protocol would hold each other.
-            self.scope.pop(GIVE_UP, None)  # type: ignore[misc,typeddict-item]
         self._leave()
+        under_way = self._under_way()
+        if under_way is not None:
+            under_way.disconnected = True
+            under_way.message_event.set()
+        if self.cycle is not None:
+            # Otherwise the scope and this protocol would hold each other.
+            self.cycle.scope.pop(GIVE_UP, None)  # type: ignore[misc,typeddict-item]
+        self._parsed.clear()
         super().connection_lost(exc)
-
-    def handle_events(self) -> None:
-        """Let the application drop the connection, for requests that came behind others too."""
-        super().handle_events()
-        if self.scope is not None:
-            # ASGI lets servers add keys of their own; uvicorn's type knows the standard's alone.
-            self.scope[GIVE_UP] = self._give_up  # type: ignore[literal-required]
-
-    def on_response_complete(self) -> None:
-        """Wait no longer than for any head where a part of the next request has come already."""
-        super().on_response_complete()
-        answered = self.cycle is None or self.cycle.response_complete
-        begun = self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
-        if answered and begun and not self.transport.is_closing():
-            self._watch()
-
-    def resume_writing(self) -> None:
-        """Note that the client has taken a part of its answer."""
-        self._left = 0
-        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Stop waiting where the head is complete; begin where a part of the next one has come."""
@@ -95,25 +98,151 @@ class PunctualProtocol(H11Protocol):
             if self._is_refused(data):
                 return
             place = self._place
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._read(data)
         # None where the request is no HTTP after all.
         if place is not None and self.scope is not None:
             self.scope[PLACE] = place  # type: ignore[literal-required]
-        if self.cycle is not None and not self.cycle.response_complete:
+        if self._under_way() is not None:
             self._stop_watching()
         else:
             self._watch()
 
+    def _under_way(self) -> RequestResponseCycle | None:
+        """The request that is answered; None where all are."""
+        while self._parsed and self._parsed[0].response_complete:
+            self._parsed.popleft()
+        return self._parsed[0] if self._parsed else None
+
     def _is_idle(self) -> bool:
         """Whether the next byte begins a request, and the client has taken all answers."""
-        answered = self.cycle is None or self.cycle.response_complete
-        return (
-            answered
-            and self.conn.our_state is h11.IDLE
-            and not self.conn.trailing_data[0]
-            and not self.transport.is_closing()
-            and not self.transport.get_write_buffer_size()
+        return not (
+            self._under_way() is not None
+            or self._in_request
+            or self._held
+            or self._broken
+            or self.transport.is_closing()
+            or self.transport.get_write_buffer_size()
         )
+
+    def _read(self, data: bytes) -> None:
+        """Parse what has come, up to a request that has to wait for its turn."""
+        if self._held:
+            data = self._held + data
+        at = 0
+        view = memoryview(data)
+        while at < len(data) and not self._waits() and not self._broken:
+            at += self._parse(view[at : at + _PIECE])
+        self._held = b"" if self._broken else data[at:]
+        if self._held:
+            self.flow.pause_reading()
+
+    def _waits(self) -> bool:
+        """Whether a request waits for the answer to the one before it."""
+        return bool(self.pipeline) or self.transport.is_closing()
+
+    def _parse(self, piece: memoryview) -> int:
+        """Parse a piece; how many bytes of it are done with."""
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._go_on_without_upgrade()
+            return int(upgrade.args[0])
+        except httptools.HttpParserError:
+            self._refuse_rest(_no_http())
+            return len(piece)
+        self._beside_body += len(piece)
+        most = _MOST_BESIDE_BODY + _FRAMES * self._of_body
+        if self._in_request and self._beside_body > most:
+            self._refuse_rest(headers_too_large() if self._in_head else _no_http())
+        return len(piece)
+
+    def _go_on_without_upgrade(self) -> None:
+        """Read on where a client has offered another protocol.
+
+        The offer may be left unanswered, and the request is plain HTTP. Java's client makes one
+        with every request. The parser stops behind such a head, so another one takes over, which
+        has read no more of the head than how long the body is.
+        """
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        if not self._in_request:
+            return
+        lines = [b"POST / HTTP/1.1"]
+        for name, value in self.headers:
+            if name in _FRAMING:
+                lines.append(name + b": " + value)
+        self._repeats_head = True
+        self.parser.feed_data(b"\r\n".join(lines) + b"\r\n\r\n")
+        self._repeats_head = False
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        if self._repeats_head:
+            return
+        self._in_head = True
+        self._in_request = True
+        self._beside_body = 0
+        self._of_body = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the path."""
+        if not self._repeats_head:
+            super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or what stands behind a body in chunks, which nobody reads."""
+        if self._in_head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """A head is complete.
+
+        Raises:
+            ValueError: it has no Host, or two, which HTTP/1.1 refuses.
+
+        """
+        if not self._in_head:
+            return
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+            raise ValueError("Host")
+        # ASGI lets servers add keys of their own; uvicorn's type knows the standard's alone.
+        self.scope[GIVE_UP] = self._give_up  # type: ignore[literal-required]
+        super().on_headers_complete()
+        self._parsed.append(self.cycle)
+        self._in_head = False
+
+    def on_body(self, body: bytes) -> None:
+        """A part of a body."""
+        self._of_body += len(body)
+        self._beside_body -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """A body is complete."""
+        if self.parser.should_upgrade() and self._has_body():
+            # It has not come yet: see ``_go_on_without_upgrade``.
+            return
+        self._in_request = False
+        super().on_message_complete()
+
+    def _has_body(self) -> bool:
+        return any(name in _FRAMING for name, _ in self.headers)
+
+    def on_response_complete(self) -> None:
+        """Wait no longer than for any head where a part of the next request has come already."""
+        super().on_response_complete()
+        if self._held and not self._waits():
+            self._read(b"")
+        if self._in_request and self._under_way() is None and not self.transport.is_closing():
+            self._watch()
+
+    def resume_writing(self) -> None:
+        """Note that the client has taken a part of its answer."""
+        self._left = 0
+        super().resume_writing()
 
     def _is_refused(self, data: bytes) -> bool:
         """Refuse a request that cannot come in; count one that does."""
@@ -154,20 +283,30 @@ class PunctualProtocol(H11Protocol):
             self.doorkeeper.arrivals.leave(self._place)
             self._place = None
 
-    def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP in the form of the API's other errors."""
-        self._refuse_head(error_response(400, "The request is no valid HTTP.", "invalid_http"))
+    def _refuse_rest(self, error: ApiError) -> None:
+        """Answer what cannot be read in the form of the API's other errors, and read no more."""
+        self._broken = True
+        under_way = self._under_way()
+        if under_way is None:
+            self._refuse_head(error)
+        elif under_way is not self.cycle or not self._in_request or self._in_head:
+            # It is behind whole requests, which are answered before the connection is closed.
+            self.cycle.keep_alive = False
+        elif under_way.response_started:
+            self._give_up()
+        else:
+            under_way.disconnected = True
+            under_way.message_event.set()
+            self._refuse_head(error)
 
-    def _refuse_head(self, response: JSONResponse) -> None:
+    def _refuse_head(self, error: ApiError) -> None:
         """Answer what never became a request, and close the connection."""
+        response = error.response()
         status = HTTPStatus(response.status_code)
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        for event in (
-            h11.Response(status_code=status, headers=headers, reason=status.phrase.encode()),
-            h11.Data(data=bytes(response.body)),
-            h11.EndOfMessage(),
-        ):
-            self.transport.write(self.conn.send(event))
+        lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
+        for name, value in (*response.raw_headers, (b"connection", b"close")):
+            lines.append(name + b": " + value)
+        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body))
         self.transport.close()
 
     def _should_upgrade(self) -> bool:
@@ -198,15 +337,15 @@ class PunctualProtocol(H11Protocol):
 
     def _give_up(self) -> None:
         """Drop the connection, what waits in it, and the requests behind the one under way."""
-        if self.cycle is not None:
+        under_way = self._under_way()
+        if under_way is not None:
             # Before the loop says so: an application that ends now is no error.
-            self.cycle.disconnected = True
+            under_way.disconnected = True
         self.transport.abort()
 
     def _close_late(self) -> None:
         self._late = None
-        busy = self.cycle is not None and not self.cycle.response_complete
-        if busy or self.transport.is_closing():
+        if self._under_way() is not None or self.transport.is_closing():
             return
         if not self._refuses_half_a_head():
             self.transport.close()
@@ -219,12 +358,15 @@ class PunctualProtocol(H11Protocol):
 
     def _refuses_half_a_head(self) -> bool:
         """Answer with 408 where a request has begun that can still be answered."""
-        waits = self.conn.our_state is h11.IDLE and self.conn.their_state is h11.IDLE
-        if not waits or not self.conn.trailing_data[0]:
+        if self._under_way() is not None or not self._in_head:
             return False
         words = "The head of the request did not arrive in time."
-        self._refuse_head(error_response(408, words, "request_timeout"))
+        self._refuse_head(ApiError(408, words, "request_timeout"))
         return True
+
+
+def _no_http() -> ApiError:
+    return ApiError(400, "The request is no valid HTTP.", "invalid_http")
 
 
 def protocol_with(doorkeeper: Doorkeeper) -> type[PunctualProtocol]:

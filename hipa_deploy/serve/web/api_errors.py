@@ -72,6 +72,11 @@ def too_many_uploads(seconds: int) -> ApiError:
     return _too_many("uploads are under way", seconds)
 
 
+def headers_too_large() -> ApiError:
+    """The answer to headers that no client needs."""
+    return ApiError(431, "The headers are too large.", "headers_too_large")
+
+
 def _too_many(what: str, seconds: int) -> ApiError:
     return ApiError(
         429,

@@ -22,7 +22,12 @@ from hipa_deploy.serve.settings import (
     UPLOAD_WAIT,
 )
 from hipa_deploy.serve.time_limit import LateError, TimeLimit
-from hipa_deploy.serve.web.api_errors import ApiError, queue_full, too_many_uploads
+from hipa_deploy.serve.web.api_errors import (
+    ApiError,
+    headers_too_large,
+    queue_full,
+    too_many_uploads,
+)
 from hipa_deploy.serve.web.api_keys import ApiKeys
 
 Scope = MutableMapping[str, Any]
@@ -250,7 +255,7 @@ class Headers:
 
         """
         if sum(len(key) + len(value) for key, value in self._all) > _MOST_HEADERS:
-            raise ApiError(431, "The headers are too large.", "headers_too_large")
+            raise headers_too_large()
 
     def one(self, name: str) -> str | None:
         """A header that stands there once.
