@@ -17,6 +17,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from hipa_deploy.serve.process.doorkeeper import Doorkeeper
@@ -28,7 +29,24 @@ _PIECE = 4096  # bytes that the parser gets at once
 # Bytes of a request that are not its body, beside what the frames of a body in small chunks take.
 _MOST_BESIDE_BODY = 64 * 1024
 _FRAMES = 8  # bytes of frames for each byte of a body
+# Headers that say where a body ends.
 _FRAMING = (b"content-length", b"transfer-encoding")
+
+
+class _Flow(FlowControl):
+    """Reads no more while much waits for its turn, also where uvicorn would go on reading.
+
+    Attributes:
+        full: whether much waits.
+
+    """
+
+    full = False
+
+    def resume_reading(self) -> None:
+        """Read on, unless much waits."""
+        if not self.full:
+            super().resume_reading()
 
 
 class PunctualProtocol(HttpToolsProtocol):
@@ -46,6 +64,9 @@ class PunctualProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        # uvicorn's parser drops what comes behind a request that asks for the connection's end.
+        # Behind the doorkeeper that would take a place in the queue, and give no answer.
+        self.parser = httptools.HttpRequestParser(self)
         self._late: asyncio.TimerHandle | None = None
         self._next_look: asyncio.TimerHandle | None = None
         self._left = 0  # bytes that the client had not taken at the last look
@@ -64,12 +85,14 @@ class PunctualProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for the first head."""
         super().connection_made(transport)
+        self.flow: _Flow = _Flow(transport)
         self._watch()
         self._next_look = self.loop.call_later(ANSWER_SECONDS, self._look)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+        """Stop waiting, and let go of whatever holds this protocol."""
         self._stop_watching()
+        self._unset_keepalive_if_required()
         if self._next_look is not None:
             self._next_look.cancel()
         self._leave()
@@ -77,10 +100,14 @@ class PunctualProtocol(HttpToolsProtocol):
         if under_way is not None:
             under_way.disconnected = True
             under_way.message_event.set()
+        if self.scope is not None:
+            self.scope.pop(GIVE_UP, None)  # type: ignore[misc,typeddict-item]
         if self.cycle is not None:
-            # Otherwise the scope and this protocol would hold each other.
             self.cycle.scope.pop(GIVE_UP, None)  # type: ignore[misc,typeddict-item]
+            self.cycle.on_response = _nothing
         self._parsed.clear()
+        self.pipeline.clear()
+        self._held = b""
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -105,8 +132,11 @@ class PunctualProtocol(HttpToolsProtocol):
             self.scope[PLACE] = place  # type: ignore[literal-required]
         if self._under_way() is not None:
             self._stop_watching()
-        else:
+        elif self._in_request or self.cycle is None:
             self._watch()
+        elif not self.transport.is_closing():
+            # The end of a body that was answered before, or an empty line.
+            self._keep()
 
     def _under_way(self) -> RequestResponseCycle | None:
         """The request that is answered; None where all are."""
@@ -134,6 +164,7 @@ class PunctualProtocol(HttpToolsProtocol):
         while at < len(data) and not self._waits() and not self._broken:
             at += self._parse(view[at : at + _PIECE])
         self._held = b"" if self._broken else data[at:]
+        self.flow.full = len(self._held) >= HIGH_WATER_LIMIT
         if self._held:
             self.flow.pause_reading()
 
@@ -146,7 +177,10 @@ class PunctualProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
-            self._go_on_without_upgrade()
+            try:
+                self._go_on_without_upgrade()
+            except httptools.HttpParserError:
+                self._refuse_rest(_no_http())
             return int(upgrade.args[0])
         except httptools.HttpParserError:
             self._refuse_rest(_no_http())
@@ -165,7 +199,6 @@ class PunctualProtocol(HttpToolsProtocol):
         has read no more of the head than how long the body is.
         """
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         if not self._in_request:
             return
         lines = [b"POST / HTTP/1.1"]
@@ -200,14 +233,19 @@ class PunctualProtocol(HttpToolsProtocol):
         """A head is complete.
 
         Raises:
-            ValueError: it has no Host, or two, which HTTP/1.1 refuses.
+            ValueError: another protocol, no path, no Host or two, or a body in another form than
+                chunks.
 
         """
         if not self._in_head:
             return
-        hosts = sum(name == b"host" for name, _ in self.headers)
-        if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
-            raise ValueError("Host")
+        version = self.parser.get_http_version()
+        hosts = [value for name, value in self.headers if name == b"host"]
+        forms = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
+        if version not in ("1.0", "1.1") or self.url[:1] not in (b"/", b"*"):
+            raise ValueError("request line")
+        if len(hosts) > 1 or (not hosts and version == "1.1") or forms not in ([], [b"chunked"]):
+            raise ValueError("headers")
         # ASGI lets servers add keys of their own; uvicorn's type knows the standard's alone.
         self.scope[GIVE_UP] = self._give_up  # type: ignore[literal-required]
         super().on_headers_complete()
@@ -236,8 +274,18 @@ class PunctualProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._held and not self._waits():
             self._read(b"")
+            if not self._held:
+                self.flow.resume_reading()
         if self._in_request and self._under_way() is None and not self.transport.is_closing():
             self._watch()
+
+    def shutdown(self) -> None:
+        """Answer the request under way, and none behind it."""
+        under_way = self._under_way()
+        if under_way is None:
+            self.transport.close()
+        else:
+            under_way.keep_alive = False
 
     def resume_writing(self) -> None:
         """Note that the client has taken a part of its answer."""
@@ -287,10 +335,17 @@ class PunctualProtocol(HttpToolsProtocol):
         """Answer what cannot be read in the form of the API's other errors, and read no more."""
         self._broken = True
         under_way = self._under_way()
-        if under_way is None:
+        in_body = self._in_request and not self._in_head
+        if under_way is None and in_body:
+            self.transport.close()  # the request of this body has its answer
+        elif under_way is None:
             self._refuse_head(error)
-        elif under_way is not self.cycle or not self._in_request or self._in_head:
+        elif under_way is not self.cycle or not in_body:
             # It is behind whole requests, which are answered before the connection is closed.
+            if in_body:
+                self.pipeline.popleft()
+                self._parsed.pop()
+                self.cycle = self._parsed[-1]
             self.cycle.keep_alive = False
         elif under_way.response_started:
             self._give_up()
@@ -363,6 +418,10 @@ class PunctualProtocol(HttpToolsProtocol):
         words = "The head of the request did not arrive in time."
         self._refuse_head(ApiError(408, words, "request_timeout"))
         return True
+
+
+def _nothing() -> None:
+    """In place of what held a protocol."""
 
 
 def _no_http() -> ApiError:

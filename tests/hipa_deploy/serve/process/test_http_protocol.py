@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -241,3 +243,82 @@ def test_a_body_that_trickles_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
                 answer += client.recv(1000)
         assert answer.startswith(b"HTTP/1.1 408 ")
         wait_until_dropped(server)
+
+
+def test_a_client_that_sends_faster_than_it_is_answered_is_read_slowly() -> None:
+    """What waits for its turn has a limit, however long it sends."""
+    held = []
+
+    async def app(scope, receive, send) -> None:
+        (protocol,) = server.server_state.connections
+        held.append(len(protocol._held))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with served(app, keep=60) as (server, client):
+        client.settimeout(0.05)
+        deadline = time.monotonic() + 2
+        sent = 0
+        while time.monotonic() < deadline:
+            with suppress(TimeoutError):
+                sent += client.send((5000 * REQUEST)[sent % len(REQUEST) :])
+            with suppress(TimeoutError):
+                client.recv(1000)
+        assert len(held) > 20
+        assert max(held) < 1_000_000
+
+
+def test_a_stopping_server_answers_the_request_under_way_alone() -> None:
+    begun = threading.Event()
+
+    async def app(scope, receive, send) -> None:
+        begun.set()
+        await asyncio.sleep(0.3)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with served(app, keep=60) as (server, client):
+        client.sendall(20 * REQUEST)
+        assert begun.wait(10)
+        server.should_exit = True
+        answer = b""
+        while part := client.recv(1000):
+            answer += part
+    assert answer.count(b"HTTP/1.1 200 ") == 1
+
+
+@pytest.mark.parametrize("late", [b"\r\n", b"a"])
+def test_what_begins_no_request_does_not_end_a_kept_connection(
+    monkeypatch: pytest.MonkeyPatch, late: bytes
+) -> None:
+    """An empty line, as old clients send it behind a body, or the end of a body."""
+    monkeypatch.setattr(http_protocol, "HEAD_SECONDS", 0.2)
+    post = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\n"
+    with served(Answers(10), keep=60) as (_, client):
+        for _ in range(2):
+            client.sendall(REQUEST if late == b"\r\n" else post)
+            answer = b""
+            while not answer.endswith(bytes(10)):
+                answer += client.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            client.sendall(late)
+            time.sleep(0.5)
+
+
+def test_a_connection_that_is_reset_is_forgotten_at_once() -> None:
+    """Its keep-alive timer would hold its headers for two minutes."""
+    protocols = weakref.WeakSet()
+
+    async def app(scope, receive, send) -> None:
+        protocols.update(server.server_state.connections)
+        await Answers(10)(scope, receive, send)
+
+    with served(app, keep=60) as (server, client):
+        client.sendall(REQUEST)
+        client.recv(1000)
+        assert len(protocols) == 1
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        wait_until_dropped(server)
+        time.sleep(0.1)
+        assert len(protocols) == 0

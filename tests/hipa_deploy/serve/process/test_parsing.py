@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import socket
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import h11
 import pytest
@@ -79,16 +83,24 @@ class Reader:
         await send({"type": "http.response.body", "body": answer})
 
 
-def read(pieces: list[bytes], answers: int = 1000) -> tuple[Reader, bytes]:
+async def answer_at_once(scope, receive, send) -> None:
+    await send(
+        {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]}
+    )
+    await send({"type": "http.response.body", "body": b""})
+
+
+def read(pieces: list[bytes], answers: int = 1000, app: Any = None) -> tuple[Reader, bytes]:
     """What an application sees of a connection, and what the client gets.
 
     Args:
         pieces: what the client sends; the server runs for a moment after each.
         answers: after which the client leaves, if the server has not closed the connection.
+        app: None is the reader.
 
     """
-    reader = Reader()
-    config = uvicorn.Config(reader, ws="none", lifespan="off", log_config=None)
+    reader = app if isinstance(app, Reader) else Reader()
+    config = uvicorn.Config(app or reader, ws="none", lifespan="off", log_config=None)
     config.load()
 
     def protocol() -> PunctualProtocol:
@@ -214,6 +226,31 @@ def h11_reads(data: bytes) -> list[Seen] | None:
     return seen
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /\r\nHost: a",
+        b"GET / HTTP/0.9\r\nHost: a",
+        b"GET / HTTP/2.0\r\nHost: a",
+        b"GET http://a/ HTTP/1.1\r\nHost: a",
+        b"CONNECT a:443 HTTP/1.1\r\nHost: a",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: gzip, chunked",
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: identity\r\n" + OFFER[:-2],
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n"
+        + OFFER[:-2],
+    ],
+)
+def test_what_this_service_does_not_speak(caplog: pytest.LogCaptureFixture, head: bytes) -> None:
+    reader, got = read([head + END + b"0" + END])
+    assert statuses(got) == [400]
+    assert reader.seen == []
+    # Behind another request, which is answered.
+    reader, got = read([get(b"/a") + head + END + b"0" + END])
+    assert statuses(got) == [200]
+    assert reader.seen == [("GET", "/a", b"")]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
 def test_what_stands_behind_a_body_is_no_header() -> None:
     """It comes after the headers were checked."""
     reader, got = read([chunked(b"/", [b"a"], trailer=b"Authorization: Bearer x\r\n")], 1)
@@ -284,6 +321,50 @@ def test_a_body_may_come_in_chunks_of_a_byte() -> None:
     reader, got = read([chunked(b"/", 30_000 * [b"a"])], 1)
     assert statuses(got) == [200]
     assert reader.seen == [("POST", "/", 30_000 * b"a")]
+
+
+def test_a_broken_body_behind_a_request_is_not_waited_for() -> None:
+    head = b"POST /b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    reader, got = read([get(b"/a") + head + b"4\r\nabcd\r\nzz\r\n"])
+    assert statuses(got) == [200]
+    assert (reader.seen, reader.left) == ([("GET", "/a", b"")], 0)
+
+
+def test_a_request_has_one_answer_though_its_body_breaks_later() -> None:
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    _, got = read([head, *20 * [b""], b"zz\r\n"], app=answer_at_once)
+    assert statuses(got) == [200]
+
+
+def test_nothing_is_swallowed_behind_a_close_that_stands_behind_a_body() -> None:
+    """uvicorn's parser would drop it: the client waits, and its place in the queue is taken."""
+    first = chunked(b"/a", [b"a"], trailer=b"Connection: close\r\n")
+    reader, got = read([first, *20 * [b""], get(b"/b")], 2)
+    assert len(statuses(got)) == 2
+    assert reader.seen[0] == ("POST", "/a", b"a")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [get(b"/a")],
+        [b"GET http://evil HTTP/1.1\r\nHost: a\r\n\r\n"],
+        [get(b"/a", b"Connection: close\r\n") + get(b"/b") + get(b"/c")],
+        [get(b"/a") + post(b"/b", b"1234")[:-1]],
+        [get(b"/a") + b"GET /b HT"],
+    ],
+)
+def test_a_connection_leaves_nothing_to_the_collector(pieces: list[bytes]) -> None:
+    """The service seldom looks for cycles."""
+    reader = Reader()
+    read(pieces, 1, app=reader)
+    protocol = weakref.ref(reader.protocol)
+    gc.disable()
+    try:
+        reader.protocol = None
+        assert protocol() is None
+    finally:
+        gc.enable()
 
 
 def test_an_application_learns_that_its_client_left_though_others_wait_behind_it() -> None:
