@@ -245,8 +245,11 @@ def test_a_body_that_trickles_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         wait_until_dropped(server)
 
 
-def test_a_client_that_sends_faster_than_it_is_answered_is_read_slowly() -> None:
+def test_a_client_that_sends_faster_than_it_is_answered_is_read_slowly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What waits for its turn has a limit, however long it sends."""
+    set_limit(monkeypatch, 60)
     held = []
 
     async def app(scope, receive, send) -> None:
