@@ -14,7 +14,7 @@ import pytest
 import torch
 from bars import bars_section
 from evaluation import Reference, Split, splits
-from ingredients import ingredient_items, quick_ingredient_items
+from ingredients import AS_FAST, ingredient_items, quick_ingredient_items
 from items import FIRST, MAIN, find_item
 from rich.console import Console
 from run_item import Setting, run_item
@@ -74,7 +74,7 @@ def test_every_item_has_two_seeds_and_both_budgets(recipe: Recipe) -> None:
         assert f"{item.name}-seed" in names
         recipe_of_seed = find_item(items, f"{item.name}-seed").recipe(recipe)
         assert recipe_of_seed.seed == recipe.seed + 1
-        if not item.name.endswith("-time") and item.name not in ("ema", "t800"):
+        if not item.name.endswith("-time") and item.name not in AS_FAST:
             assert find_item(items, f"{item.name}-time").as_long_as == MAIN
 
 
