@@ -13,11 +13,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from http import HTTPStatus
 
 from hipa_deploy.serve.arrivals import Arrivals
 from hipa_deploy.serve.serve_metrics import ServeMetrics
-from hipa_deploy.serve.web.api_errors import ApiError, queue_full
+from hipa_deploy.serve.web.api_errors import queue_full
 from hipa_deploy.serve.web.api_keys import ApiKeys
 from hipa_deploy.serve.web.request_log import log
 
@@ -149,9 +148,4 @@ class Doorkeeper:
 @lru_cache(maxsize=128)
 def _answer(seconds: int, headers: tuple[tuple[bytes, bytes], ...]) -> bytes:
     """What the guard would answer, but for the number of the request and the closed connection."""
-    error: ApiError = queue_full(seconds)
-    response = error.response()
-    lines = [f"HTTP/1.1 429 {HTTPStatus(429).phrase}".encode()]
-    for name, value in (*headers, *response.raw_headers, (b"x-content-type-options", b"nosniff")):
-        lines.append(name + b": " + value)
-    return b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body)
+    return queue_full(seconds).as_bytes((*headers, (b"x-content-type-options", b"nosniff")))

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from http import HTTPStatus
 from typing import Any
 
 import httptools
@@ -274,8 +273,6 @@ class PunctualProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._held and not self._waits():
             self._read(b"")
-            if not self._held:
-                self.flow.resume_reading()
         if self._in_request and self._under_way() is None and not self.transport.is_closing():
             self._watch()
 
@@ -356,12 +353,7 @@ class PunctualProtocol(HttpToolsProtocol):
 
     def _refuse_head(self, error: ApiError) -> None:
         """Answer what never became a request, and close the connection."""
-        response = error.response()
-        status = HTTPStatus(response.status_code)
-        lines = [f"HTTP/1.1 {status.value} {status.phrase}".encode()]
-        for name, value in (*response.raw_headers, (b"connection", b"close")):
-            lines.append(name + b": " + value)
-        self.transport.write(b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body))
+        self.transport.write(error.as_bytes([(b"connection", b"close")]))
         self.transport.close()
 
     def _should_upgrade(self) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
@@ -50,6 +51,19 @@ class ApiError(HTTPException):
             param=self.param,
             headers=self.headers,
         )
+
+    def as_bytes(self, headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+        """The answer as HTTP/1.1, for what is answered before the application.
+
+        Args:
+            headers: beside its own.
+
+        """
+        response = self.response()
+        lines = [f"HTTP/1.1 {self.status_code} {HTTPStatus(self.status_code).phrase}".encode()]
+        for name, value in (*response.raw_headers, *headers):
+            lines.append(name + b": " + value)
+        return b"\r\n".join(lines) + b"\r\n\r\n" + bytes(response.body)
 
 
 def queue_full(seconds: int) -> ApiError:

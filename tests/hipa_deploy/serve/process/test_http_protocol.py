@@ -78,6 +78,16 @@ def served(app, keep: int = 1) -> Iterator[tuple[uvicorn.Server, socket.socket]]
         thread.join()
 
 
+def whole_answer(client: socket.socket) -> bytes:
+    """An answer of ``Answers(10)``, from a connection that is not closed before its end."""
+    answer = b""
+    while not answer.endswith(bytes(10)):
+        part = client.recv(1000)
+        assert part, "the connection was closed"
+        answer += part
+    return answer
+
+
 def wait_until_dropped(server: uvicorn.Server, seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while server.server_state.connections:
@@ -197,10 +207,7 @@ def test_a_connection_waits_for_its_next_request(monkeypatch: pytest.MonkeyPatch
     with served(Answers(10), keep=60) as (_, client):
         for _ in range(2):
             client.sendall(REQUEST)
-            answer = b""
-            while not answer.endswith(bytes(10)):
-                answer += client.recv(1000)
-            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert whole_answer(client).startswith(b"HTTP/1.1 200 ")
             time.sleep(0.5)
 
 
@@ -300,10 +307,7 @@ def test_what_begins_no_request_does_not_end_a_kept_connection(
     with served(Answers(10), keep=60) as (_, client):
         for _ in range(2):
             client.sendall(REQUEST if late == b"\r\n" else post)
-            answer = b""
-            while not answer.endswith(bytes(10)):
-                answer += client.recv(1000)
-            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert whole_answer(client).startswith(b"HTTP/1.1 200 ")
             client.sendall(late)
             time.sleep(0.5)
 

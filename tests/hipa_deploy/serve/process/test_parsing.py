@@ -22,6 +22,7 @@ from uvicorn.server import ServerState
 from hipa_deploy.serve.process.http_protocol import PunctualProtocol
 
 END = b"\r\n\r\n"
+CHUNKED_HEAD = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked" + END
 OFFER = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAI\r\n"
 
 
@@ -99,7 +100,7 @@ def read(pieces: list[bytes], answers: int = 1000, app: Any = None) -> tuple[Rea
         app: None is the reader.
 
     """
-    reader = app if isinstance(app, Reader) else Reader()
+    reader = Reader()
     config = uvicorn.Config(app or reader, ws="none", lifespan="off", log_config=None)
     config.load()
 
@@ -286,8 +287,7 @@ def test_what_is_no_http_behind_requests_ends_the_connection_after_their_answers
 
 
 def test_a_body_that_is_no_http_is_refused() -> None:
-    head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-    reader, got = read([head, b"4\r\nabcd\r\n", b"zz\r\n", b"more"])
+    reader, got = read([CHUNKED_HEAD, b"4\r\nabcd\r\n", b"zz\r\n", b"more"])
     assert statuses(got) == [400]
     assert b'"code":"invalid_http"' in got
     assert (reader.seen, reader.left) == ([], 1)
@@ -324,15 +324,13 @@ def test_a_body_may_come_in_chunks_of_a_byte() -> None:
 
 
 def test_a_broken_body_behind_a_request_is_not_waited_for() -> None:
-    head = b"POST /b HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-    reader, got = read([get(b"/a") + head + b"4\r\nabcd\r\nzz\r\n"])
+    reader, got = read([get(b"/a") + CHUNKED_HEAD + b"4\r\nabcd\r\nzz\r\n"])
     assert statuses(got) == [200]
     assert (reader.seen, reader.left) == ([("GET", "/a", b"")], 0)
 
 
 def test_a_request_has_one_answer_though_its_body_breaks_later() -> None:
-    head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-    _, got = read([head, *20 * [b""], b"zz\r\n"], app=answer_at_once)
+    _, got = read([CHUNKED_HEAD, *20 * [b""], b"zz\r\n"], app=answer_at_once)
     assert statuses(got) == [200]
 
 
@@ -350,17 +348,18 @@ def test_nothing_is_swallowed_behind_a_close_that_stands_behind_a_body() -> None
         [get(b"/a")],
         [b"GET http://evil HTTP/1.1\r\nHost: a\r\n\r\n"],
         [get(b"/a", b"Connection: close\r\n") + get(b"/b") + get(b"/c")],
+        [8 * get()],
+        [get(b"/a") + CHUNKED_HEAD + b"4\r\nabcd\r\nzz\r\n"],
         [get(b"/a") + post(b"/b", b"1234")[:-1]],
         [get(b"/a") + b"GET /b HT"],
     ],
 )
 def test_a_connection_leaves_nothing_to_the_collector(pieces: list[bytes]) -> None:
     """The service seldom looks for cycles."""
-    reader = Reader()
-    read(pieces, 1, app=reader)
-    protocol = weakref.ref(reader.protocol)
     gc.disable()
     try:
+        reader, _ = read(pieces, 1)
+        protocol = weakref.ref(reader.protocol)
         reader.protocol = None
         assert protocol() is None
     finally:
