@@ -61,6 +61,7 @@ from hipa_deploy.train.model.unet_adaptor import (
     check_start,
     load_adaptor_weights,
     save_adaptor,
+    start_note,
     without_adaptor,
 )
 from hipa_deploy.train.recipes.recipe import Recipe, held_out_prompts, read_prompts, source_prompts
@@ -134,6 +135,9 @@ def train_adaptor(
     # Before gigabytes are loaded, and before the teacher's images.
     if initial_adaptor is not None:
         check_start(recipe, initial_adaptor, model_dir, style or Style())
+        note = start_note(recipe, initial_adaptor)
+        if note:
+            console.print(note, highlight=False, markup=False)
 
     # The frozen base model. Only the networks run in the recipe's precision; x0 and the losses stay
     # in float32, because x0 enlarges an error of the UNet's output

@@ -309,9 +309,12 @@ def _dry_run_training(
 
         OpenStyle.read(style, ModelConfig.read(model_dir))
     if start is not None:
-        from hipa_deploy.train.model.unet_adaptor import check_start
+        from hipa_deploy.train.model.unet_adaptor import check_start, start_note
 
         check_start(recipe, start, model_dir, style)
+        note = start_note(recipe, start)
+        if note:
+            typer.echo(note)
 
     with console.status("predicting"):
         lines, problem = dry_run(recipe, model_dir, training_gpus(), processes)

@@ -19,7 +19,7 @@ from hipa_deploy.errors import HipaError, StoppedError
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
-from hipa_deploy.train.model.unet_adaptor import METADATA, WEIGHTS
+from hipa_deploy.train.model.unet_adaptor import METADATA, WEIGHTS, start_note
 from hipa_deploy.train.recipes.recipe import OptimiserSettings, Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.weights import differences, read_weights
@@ -244,6 +244,27 @@ def test_a_start_that_inference_would_refuse(
     with pytest.raises(HipaError, match=r"with clip skip 1, and the recipe has 0\. Set clip_skip"):
         train(recipe, v_model_dir, tmp_path / "second", unused, initial_adaptor=initial)
     assert not unused.exists()
+
+
+def test_a_start_at_another_timestep_is_said(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    initial = tmp_path / "first"
+    train(recipe, model_dir, initial, cache)
+    moved = recipe.model_copy(update={"timestep": 600, "steps": 1})
+    console = Console(file=io.StringIO(), width=500)
+    out = tmp_path / "second"
+    train_adaptor(
+        moved, model_dir, out, initial_adaptor=initial, cache=cache, console=console, device="cpu"
+    )
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"was trained for timestep {recipe.timestep}, and the recipe asks it at 600" in said
+    assert f"set timestep = {recipe.timestep} in the recipe" in said
+    assert read_metadata(out).timestep == 600
+
+    # Another task has a timestep of its own, and an edit one for each strength.
+    assert start_note(recipe, initial) is None
+    assert start_note(moved.model_copy(update={"task": "inpaint"}), initial) is None
 
 
 def test_loss_goes_down(

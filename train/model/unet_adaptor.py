@@ -297,6 +297,29 @@ def check_start(recipe: Recipe, adaptor: Path, model_dir: Path, style: Style) ->
         )
 
 
+def start_note(recipe: Recipe, adaptor: Path) -> str | None:
+    """A warning if a training of the same task asks its start at a timestep that is new to it.
+
+    That can be meant, to carry an adaptor over to another timestep. An adaptor of another task is
+    always carried over.
+
+    Args:
+        recipe: Of the training.
+        adaptor: The folder of the adaptor to start from.
+
+    """
+    metadata = read_metadata(adaptor)
+    if recipe.task != metadata.task or recipe.task == "edit":
+        return None
+    if recipe.timestep == metadata.timestep:
+        return None
+    return (
+        f"warning: adaptor {adaptor} was trained for timestep {metadata.timestep}, and the recipe "
+        f"asks it at {recipe.timestep}, which it has to learn anew. To go on as before, set "
+        f"timestep = {metadata.timestep} in the recipe."
+    )
+
+
 def load_adaptor_weights(unet: Any, folder: Path) -> None:
     """Copy an adaptor's weights into the layers that ``add_adaptor`` made, to train on from there.
 
