@@ -139,15 +139,18 @@ HIGH_FREQUENCIES: dict[str, tuple[str, dict[str, Any]]] = {
     "edge": ("Sobel only", {"loss.fourier_weight": 0.0, "loss.amplitude_weight": 0.0}),
     "both": ("both", {}),
 }
+# These walk the noise schedule from its end, where latents are all but pure noise. At an earlier
+# timestep they learn noised images, so that pure noise would be nothing that they know.
+NOISIEST = 999
 # Name of a baseline -> its title, method and overrides.
 BASELINES: dict[str, tuple[str, Method, dict[str, Any]]] = {
     "latent-mse": ("latent MSE", "hipa", LATENT),
     "consistency": (
         "latent consistency distillation",
         "consistency",
-        {"optimiser.learning_rate": CONSISTENCY_RATE},
+        {"optimiser.learning_rate": CONSISTENCY_RATE, "timestep": NOISIEST},
     ),
-    "progressive": ("progressive distillation", "progressive", {}),
+    "progressive": ("progressive distillation", "progressive", {"timestep": NOISIEST}),
 }
 # The items of a quick run: one of each kind.
 QUICK = (FIRST, "shipped", MAIN, *BASELINES, "latent-mse-time", "no-hf", "rank-4")
