@@ -1,10 +1,10 @@
-"""hipa-serve beside other servers of the same model: the included one, one step, 64x64, PNG.
+"""hipa-serve beside other servers of the same model: the included one, one step, 128x128, PNG.
 
     python benchmarks/serve_peers.py --folder /tmp/peers
 
 No peer runs an adaptor in one step out of the box, so each gets the included base model with the
-adaptor fused, DDIM with one step at timestep 999 and no guidance, and a FastAPI route that makes an
-image behind a lock: what their own documentation shows. The peers' packages are not ours:
+adaptor fused, one step of the adaptor's own scheduler without guidance, and a FastAPI route that
+makes an image behind a lock: what their own documentation shows. The peers' packages are not ours:
 
     pip install openvino-genai    # brings openvino-tokenizers
 
@@ -45,7 +45,7 @@ PEERS = ("diffusers", "optimum-onnxruntime", "openvino-genai")
 def write_models(folder: Path) -> None:
     """The fused model for each peer."""
     import openvino
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from diffusers import LCMScheduler, StableDiffusionPipeline
     from openvino_tokenizers import convert_tokenizer
     from optimum.onnxruntime import ORTStableDiffusionPipeline
     from transformers import CLIPTokenizerFast
@@ -54,8 +54,8 @@ def write_models(folder: Path) -> None:
     pipe.load_lora_weights(ADAPTOR)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    # The last timestep in place of the first one: the only step begins at pure noise.
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    # It starts the only step at the adaptor's timestep.
+    pipe.scheduler = LCMScheduler.from_pretrained(ADAPTOR, subfolder="scheduler")
     pipe.save_pretrained(folder / "diffusers")
     ORTStableDiffusionPipeline.from_pretrained(
         str(folder / "diffusers"), export=True

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from transformers import CLIPTokenizerFast
 
 from hipa_deploy.bundle.manifest import Precision
@@ -19,6 +18,7 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.export.generic.generic_pair import TEXT_PARTS, hidden_states, is_taken
 from hipa_deploy.export.model_parts import ModelParts
 from hipa_deploy.export.references import References
+from hipa_deploy.export.task import TaskSettings
 from hipa_deploy.generate.prompts import (
     BAKED_CONTEXTS,
     BAKED_PROMPTS,
@@ -27,7 +27,7 @@ from hipa_deploy.generate.prompts import (
 )
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
 from hipa_deploy.models.clip_tokenizer import rust_tokenizer, save_tokenizer
-from hipa_deploy.models.one_step.one_step_method import OneStepMethod
+from hipa_deploy.models.one_step.own_step import one_step_scheduler
 from hipa_deploy.models.one_step.step_constants import make_scheduler
 
 # Texts that tokenizers have read differently: Japanese, a joined emoji, and U+200B.
@@ -178,7 +178,7 @@ def write_references(root: Path, references: References, others: Sequence[Refere
 
 
 def write_diffusers_files(
-    root: Path, model: ModelParts, method: OneStepMethod | None = None, clip_skip: int = 0
+    root: Path, model: ModelParts, settings: TaskSettings, clip_skip: int = 0
 ) -> None:
     """Write what optimum's ORTDiffusionPipeline reads beside the stages of the layout generic.
 
@@ -188,14 +188,17 @@ def write_diffusers_files(
     Args:
         root: the bundle's folder, with its stages and tokenizers.
         model: the base model.
-        method: whose step the bundle takes; None is HiPA's.
+        settings: the step that the bundle takes.
         clip_skip: layers of SDXL's text encoders that the bundle leaves out.
 
     Raises:
-        HipaError: no scheduler of diffusers takes the step of ``method``.
+        HipaError: no scheduler of diffusers takes the step of the method.
 
     """
-    scheduler = _one_step_scheduler(model, method)
+    if settings.method is not None:
+        scheduler = make_scheduler(settings.method, model.config)
+    else:
+        scheduler = one_step_scheduler(model.config.schedule, settings.timestep)
     index: dict[str, object] = {
         "_class_name": "StableDiffusionPipeline",
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -253,20 +256,6 @@ def _pair_index(model: ModelParts) -> dict[str, object]:
         "image_encoder": [None, None],
         key: own.get(key, True),
     }
-
-
-def _one_step_scheduler(model: ModelParts, method: OneStepMethod | None) -> Any:
-    """The method's own scheduler; for HiPA DDIM's, whose one step is x0 itself."""
-    if method is not None:
-        return make_scheduler(method, model.config)
-    # With these, DDIM's one step starts at the last timestep and ends at x0 itself.
-    one_step = {
-        "timestep_spacing": "trailing",
-        "set_alpha_to_one": True,
-        "clip_sample": False,
-        "steps_offset": 0,
-    }
-    return DDIMScheduler(**model.config.schedule, **one_step)
 
 
 def file_hashes(root: Path) -> dict[str, str]:

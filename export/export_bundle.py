@@ -264,7 +264,7 @@ def export_checked(options: ExportOptions, console: Console | None = None) -> Bu
                 writer, parts, base_specs["unet"], step, tokenizers, chains[0]
             )
         if options.layout == "generic":
-            write_diffusers_files(root, model, settings.method, text.clip_skip)
+            write_diffusers_files(root, model, settings, text.clip_skip)
 
         # The manifest is last: it lists the hash of every other file.
         show("manifest")

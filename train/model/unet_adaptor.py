@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from hipa_deploy.models.adaptor_folder import (
 )
 from hipa_deploy.models.lora.open_style import OpenStyle
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.models.one_step.own_step import one_step_scheduler
 from hipa_deploy.models.style import Style, check_same_loras
 from hipa_deploy.models.weights.weight_file import load_tensors
 from hipa_deploy.train.model.conditions import Conditions
@@ -147,20 +148,6 @@ def trained_parameters(model: DiffusionModel) -> dict[str, nn.Parameter]:
 def adaptor_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters of a UNet or VAE by name, in the order of its modules."""
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
-
-
-def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> Any:
-    """A diffusers scheduler whose single step is exactly the x0 formula at ``timestep``.
-
-    DDIMScheduler at the last timestep; LCMScheduler at any other, where the pipeline call must say
-    ``timesteps=[timestep]``.
-    """
-    if timestep == schedule.get("num_train_timesteps", 1000) - 1:
-        # The defaults would leave residual noise (set_alpha_to_one=False) or start elsewhere.
-        return DDIMScheduler(
-            **schedule, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False
-        )
-    return LCMScheduler(**schedule)
 
 
 def save_adaptor(

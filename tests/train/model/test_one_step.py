@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from hipa_deploy.generate.x0 import predict_x0
+from hipa_deploy.models.one_step.own_step import one_step_scheduler
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.one_step import one_step_latents
-from hipa_deploy.train.model.unet_adaptor import one_step_scheduler
 
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -28,13 +30,23 @@ def test_x0_inverts_the_forward_process(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("timestep", [999, 799])
-def test_shipped_scheduler_takes_exactly_this_step(kind: str, timestep: int) -> None:
+@pytest.mark.parametrize(
+    ("timestep", "call"),
+    [
+        (999, {"num_inference_steps": 1}),
+        (998, {"num_inference_steps": 1}),
+        (600, {"num_inference_steps": 1}),
+        (600, {"timesteps": [600]}),
+        (500, {"num_inference_steps": 1}),
+        (499, {"timesteps": [499]}),
+        (249, {"timesteps": [249]}),
+    ],
+)
+def test_shipped_scheduler_takes_exactly_this_step(
+    kind: str, timestep: int, call: dict[str, Any]
+) -> None:
     scheduler = one_step_scheduler({**SCHEDULE, "prediction_type": kind}, timestep)
-    if timestep == 999:
-        scheduler.set_timesteps(1)
-    else:
-        scheduler.set_timesteps(timesteps=[timestep])
+    scheduler.set_timesteps(**call)
     assert scheduler.timesteps.tolist() == [timestep]
     noise, output = torch.randn(2, 1, 4, 8, 8)
     got = scheduler.step(output, scheduler.timesteps[0], noise, return_dict=False)[0]
