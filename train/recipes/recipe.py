@@ -198,7 +198,9 @@ class _TrainingSettings(Settings):
     """Which weights are written in the end, where ema_decay keeps an average; a checkpoint has
     both."""
     timestep: int = Field(999, ge=0, le=100_000)
-    """Timestep of the single step; latents made with an adaptor use the adaptor's."""
+    """Timestep at which the frozen model is asked; the input is pure noise at each. 999 has the
+    most noise. Models that predict eps gain at an earlier one, such as 600. Latents made with an
+    adaptor use the adaptor's."""
     seed: int = Field(0, ge=0, lt=2**30)
     """Seed of the pairs or latents, of the initial weights and of the order of batches."""
     checkpoint_every: int = Field(200, ge=1, le=10_000_000)

@@ -30,6 +30,14 @@ def test_every_baseline_and_ablation_is_there(recipe: Recipe) -> None:
     assert expected < names
 
 
+def test_a_baseline_that_walks_the_schedule_starts_at_its_end(recipe: Recipe) -> None:
+    early = recipe.model_copy(update={"timestep": 600})
+    for name in ("consistency", "consistency-time", "progressive", "progressive-time"):
+        assert find_item(all_items(early), name).recipe(early).timestep == 999
+    for name in (MAIN, "latent-mse", "no-hf"):
+        assert find_item(all_items(early), name).recipe(early).timestep == 600
+
+
 def weights(name: str, recipe: Recipe) -> dict[str, float]:
     return image_weights(find_item(all_items(recipe), name).recipe(recipe).loss)
 

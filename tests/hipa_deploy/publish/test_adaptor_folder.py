@@ -73,7 +73,7 @@ def test_the_card_of_an_adaptor(adaptor: Path, model_with_licence: Path, tmp_pat
         'PeftModel.from_pretrained(unet, "me/one-step")',
         "hipa-export --model stabilityai/base --adaptor my-adaptor",
         "| trained weights | 2,323,456 |",
-        "| teacher's images | 6,144, 30 UNet evaluations each |",
+        "| teacher's images | 8,192, 30 UNet evaluations each |",
         "None was measured for this card.",
     ):
         assert expected in text
