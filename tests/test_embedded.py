@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.parity import compare
@@ -27,7 +27,7 @@ def one_step_image(adaptor: Path | None, seed: int) -> np.ndarray:
     """The image as a diffusers user makes it: load_lora_weights and the shipped scheduler."""
     pipe = StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = DDIMScheduler.from_pretrained(ADAPTOR, subfolder="scheduler")
+    pipe.scheduler = LCMScheduler.from_pretrained(ADAPTOR, subfolder="scheduler")
     if adaptor:
         pipe.load_lora_weights(adaptor)
     noise = torch.from_numpy(initial_noise([seed], (4, 16, 16)))

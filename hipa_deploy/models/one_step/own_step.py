@@ -35,11 +35,19 @@ def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> Any:
             clip_sample=False,
             steps_offset=0,
         )
+    # LCM makes no use of the offset and the spacing. DDIMScheduler, made of the same settings, takes
+    # the same step. All are named, since diffusers gives a class its own defaults for the others.
+    settings: dict[str, Any] = {
+        "timestep_spacing": "leading",
+        "steps_offset": timestep,
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+    }
     if _is_first(timestep, length):
         # LCM divides the schedule into so many steps and starts at the last of them: with as many
         # steps as there are timesteps up to this one, each is one timestep long.
-        return LCMScheduler(**schedule, original_inference_steps=timestep + 1)
-    return LCMScheduler(**schedule)
+        settings["original_inference_steps"] = timestep + 1
+    return LCMScheduler(**schedule, **settings)
 
 
 def _is_first(timestep: int, length: int) -> bool:

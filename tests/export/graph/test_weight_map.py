@@ -34,6 +34,7 @@ from hipa_deploy.export.graph.modules import TinyDecoder, named_encoder
 from hipa_deploy.export.graph.to_onnx import export_stage
 from hipa_deploy.export.graph.weight_map import LAYOUTS
 from hipa_deploy.export.merge import merge_adaptor
+from hipa_deploy.models.adaptor_folder import read_metadata
 from tests.network_samples import network_weights, parse
 from tests.tiny_model import make_model
 
@@ -292,7 +293,7 @@ def test_every_weight_of_the_tensorrt_network_is_traced(
 def test_the_embedded_model(tmp_path: Path) -> None:
     """The same on the embedded model; the packaged bundle has this graph and these values."""
     bundle = export_bundle(ExportOptions(model="emoji", adaptor=ADAPTOR, out=tmp_path / "emoji"))
-    expected = merged_model(MODEL, ADAPTOR)
+    expected = merged_model(MODEL, ADAPTOR, (read_metadata(ADAPTOR).timestep,))
     shipped = Bundle.open(BUNDLE)
     check_network(bundle, expected)
     for stage in bundle.stages:

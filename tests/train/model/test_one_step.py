@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from hipa_deploy.generate.x0 import predict_x0
 from hipa_deploy.models.one_step.own_step import one_step_scheduler
@@ -51,6 +52,19 @@ def test_shipped_scheduler_takes_exactly_this_step(
     noise, output = torch.randn(2, 1, 4, 8, 8)
     got = scheduler.step(output, scheduler.timesteps[0], noise, return_dict=False)[0]
     expected = predict_x0(noise, output, float(scheduler.alphas_cumprod[timestep]), kind)
+    assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("timestep", [999, 600, 499, 249])
+def test_ddim_reads_the_same_step_from_the_file(timestep: int) -> None:
+    """Whoever takes the usual scheduler of one step must not get another image without a word."""
+    config = one_step_scheduler({**SCHEDULE, "prediction_type": "epsilon"}, timestep).config
+    scheduler = DDIMScheduler.from_config(config)
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [timestep]
+    noise, output = torch.randn(2, 1, 4, 8, 8)
+    got = scheduler.step(output, scheduler.timesteps[0], noise, return_dict=False)[0]
+    expected = predict_x0(noise, output, float(scheduler.alphas_cumprod[timestep]), "epsilon")
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
