@@ -35,8 +35,8 @@ def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> Any:
             clip_sample=False,
             steps_offset=0,
         )
-    # LCM makes no use of the offset and the spacing. DDIMScheduler, made of the same settings, takes
-    # the same step. All are named, since diffusers gives a class its own defaults for the others.
+    # LCM makes no use of the offset and the spacing. DDIMScheduler, made of the same settings,
+    # takes the same step. All are named: for the others diffusers takes a class's own defaults.
     settings: dict[str, Any] = {
         "timestep_spacing": "leading",
         "steps_offset": timestep,
