@@ -139,8 +139,9 @@ HIGH_FREQUENCIES: dict[str, tuple[str, dict[str, Any]]] = {
     "edge": ("Sobel only", {"loss.fourier_weight": 0.0, "loss.amplitude_weight": 0.0}),
     "both": ("both", {}),
 }
-# These walk the noise schedule from its end, where latents are all but pure noise. At an earlier
-# timestep they learn noised images, so that pure noise would be nothing that they know.
+# The timestep of consistency and progressive distillation, whatever the shared recipe's. They walk
+# the noise schedule from its end, where latents are all but pure noise. At an earlier timestep they
+# see noised images, and pure noise would be new to them.
 NOISIEST = 999
 # Name of a baseline -> its title, method and overrides.
 BASELINES: dict[str, tuple[str, Method, dict[str, Any]]] = {

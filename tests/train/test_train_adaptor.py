@@ -12,14 +12,17 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from rich.console import Console
+from typer.testing import CliRunner
 
 from hipa_deploy.bundle.text_settings import TextSettings
+from hipa_deploy.commands.app import app
 from hipa_deploy.disk.hashing import file_sha256
 from hipa_deploy.errors import HipaError, StoppedError
 from hipa_deploy.models.adaptor_folder import read_metadata
 from hipa_deploy.train.loop.run import Run
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import METADATA, WEIGHTS, start_note
+from hipa_deploy.train.prediction.dry_run import to_toml
 from hipa_deploy.train.recipes.recipe import OptimiserSettings, Recipe
 from hipa_deploy.train.train_adaptor import train_adaptor
 from tests.weights import differences, read_weights
@@ -261,6 +264,12 @@ def test_a_start_at_another_timestep_is_said(
     assert f"was trained for timestep {recipe.timestep}, and the recipe asks it at 600" in said
     assert f"set timestep = {recipe.timestep} in the recipe" in said
     assert read_metadata(out).timestep == 600
+
+    path = tmp_path / "moved.toml"
+    path.write_text(to_toml(moved), encoding="utf-8")
+    command = ["train", "--model", str(model_dir), "--recipe", str(path), "--from", str(initial)]
+    done = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "unused"), "--dry-run"])
+    assert "the recipe asks it at 600" in done.output
 
     # Another task has a timestep of its own, and an edit one for each strength.
     assert start_note(recipe, initial) is None

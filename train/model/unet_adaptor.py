@@ -285,10 +285,10 @@ def check_start(recipe: Recipe, adaptor: Path, model_dir: Path, style: Style) ->
 
 
 def start_note(recipe: Recipe, adaptor: Path) -> str | None:
-    """A warning if a training of the same task asks its start at a timestep that is new to it.
+    """A warning if the recipe has another timestep than the adaptor to start from; None otherwise.
 
-    That can be meant, to carry an adaptor over to another timestep. An adaptor of another task is
-    always carried over.
+    It is no error: a training can move an adaptor to another timestep. An adaptor of another task
+    is moved in any case, so nothing is said of it.
 
     Args:
         recipe: Of the training.

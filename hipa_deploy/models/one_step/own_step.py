@@ -35,25 +35,19 @@ def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> Any:
             clip_sample=False,
             steps_offset=0,
         )
-    # LCM makes no use of the offset and the spacing. DDIMScheduler, made of the same settings,
-    # takes the same step. All are named: for the others diffusers takes a class's own defaults.
+    # DDIM could start at any timestep by its offset, but the pipelines of diffusers set the offset of
+    # the scheduler that they are loaded with to 1. LCM makes no use of it. It stands here so that
+    # DDIMScheduler, made of the same file, takes the same step. LCM's own defaults are named too:
+    # from_config would give DDIM its own in their place.
     settings: dict[str, Any] = {
         "timestep_spacing": "leading",
         "steps_offset": timestep,
         "set_alpha_to_one": True,
         "clip_sample": False,
     }
-    if _is_first(timestep, length):
-        # LCM divides the schedule into so many steps and starts at the last of them: with as many
-        # steps as there are timesteps up to this one, each is one timestep long.
+    # LCM divides the schedule into so many steps, whose length it rounds down, and starts at the
+    # last of them. With as many steps as there are timesteps up to this one, and a length of 1,
+    # that is this timestep.
+    if length // (timestep + 1) == 1:
         settings["original_inference_steps"] = timestep + 1
     return LCMScheduler(**schedule, **settings)
-
-
-def _is_first(timestep: int, length: int) -> bool:
-    """Whether LCMScheduler can start at ``timestep`` without being told in each call.
-
-    It rounds the length of its steps down, so that they are one timestep long only if there are
-    more of them than half the timesteps.
-    """
-    return length // (timestep + 1) == 1
