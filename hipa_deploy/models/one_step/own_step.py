@@ -35,10 +35,10 @@ def one_step_scheduler(schedule: dict[str, Any], timestep: int) -> Any:
             clip_sample=False,
             steps_offset=0,
         )
-    # DDIM could start at any timestep by its offset, but the pipelines of diffusers set the offset of
-    # the scheduler that they are loaded with to 1. LCM makes no use of it. It stands here so that
-    # DDIMScheduler, made of the same file, takes the same step. LCM's own defaults are named too:
-    # from_config would give DDIM its own in their place.
+    # DDIM could start at any timestep by its offset, but a pipeline of diffusers sets the offset of
+    # the scheduler that it is loaded with to 1. LCM makes no use of the offset. It stands here so
+    # that DDIMScheduler, made of the same file, takes the same step. LCM's own defaults are named
+    # too: from_config would give DDIM its own in their place.
     settings: dict[str, Any] = {
         "timestep_spacing": "leading",
         "steps_offset": timestep,
