@@ -9,7 +9,8 @@ makes an image behind a lock: what their own documentation shows. The peers' pac
     pip install openvino-genai    # brings openvino-tokenizers
 
 All servers run at once and are asked in turn, so that all see the same machine. Processor time of
-the server a request says more than seconds on a machine that others use.
+the server a request says more than seconds on a machine that others use. The folder gets an image
+of each.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
-from serve import Client, figures
+from PIL import Image
+from serve import PROMPTS, Client, figures
 
 from hipa_deploy.embedded import ADAPTOR, MODEL
 
-SIDE = 64
 ROUNDS = 4
 A_ROUND = 25  # requests of a server
 COLD = 3  # of each round
@@ -90,10 +92,9 @@ def take_integer_timestep(model: Any) -> None:
 
 def maker(peer: str, folder: Path) -> Callable[[str, int], Any]:
     """A function from prompt and seed to an image of Pillow."""
-    options = {"height": SIDE, "width": SIDE, "num_inference_steps": 1, "guidance_scale": 1.0}
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0}
     if peer == "openvino-genai":
         import openvino_genai
-        from PIL import Image
 
         genai = openvino_genai.Text2ImagePipeline(str(folder / peer), "CPU")
 
@@ -129,7 +130,7 @@ def serve_peer(peer: str, folder: Path, port: int) -> None:
     from pydantic import BaseModel
 
     make = maker(peer, folder)
-    make("warm", 0).save(folder / f"{peer}.png")
+    make("warm", 0)
     lock = threading.Lock()
     app = FastAPI()
 
@@ -164,6 +165,21 @@ def start(command: list[str], port: int) -> psutil.Process:
                 return process
             except (OSError, EOFError, AssertionError):
                 continue
+
+
+def write_first_images(ports: dict[str, int], folder: Path) -> None:
+    """One image of each server as a file, to look at; all must have the same size."""
+    sizes = {}
+    for name, port in ports.items():
+        head = {"content-type": "application/json", "accept": "image/png"}
+        body = json.dumps({"prompt": PROMPTS[0], "seed": 0}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/hipa/generate", body, head)
+        with urllib.request.urlopen(request) as answer:
+            image = Image.open(answer)
+            image.save(folder / f"{name}.png")
+        sizes[name] = image.size
+    if len(set(sizes.values())) > 1:
+        raise SystemExit(f"the servers' images differ in size, so no time compares: {sizes}")
 
 
 async def measure(ports: dict[str, int], processes: dict[str, psutil.Process]) -> dict[str, Any]:
@@ -237,6 +253,7 @@ def main() -> None:
         for name, command in commands.items():
             ports[name] = free_port()
             processes[name] = start([sys.executable, *command, str(ports[name])], ports[name])
+        write_first_images(ports, arguments.folder)
         found = asyncio.run(measure(ports, processes))
     finally:
         for process in processes.values():

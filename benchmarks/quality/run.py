@@ -111,13 +111,14 @@ def main(
         start=resolve_adaptor(start) if start else None,
     )
     items = _items(setting, real_images)
+    chosen = find_item(items, only) if only else None
     console.print(items_table(items, setting))
     if plan_only:
         return
 
     keep_to_one_setting(setting)
-    if only:
-        run_item(find_item(items, only), setting, console)
+    if chosen is not None:
+        run_item(chosen, setting, console)
     else:
         run_all(items, setting, console)
     console.print(f"report: {write_report(setting, items)}")

@@ -17,7 +17,7 @@ from evaluation import LOW_OF_ONE, SPLITS, splits
 from items import FIRST, MAIN, all_items, find_item
 from PIL import Image
 from rich.console import Console
-from run import items_table, keep_to_one_setting
+from run import items_table, keep_to_one_setting, main
 from run_item import Setting, matched_steps, run_item
 from summary import render, write_report
 
@@ -166,3 +166,9 @@ def test_the_table_says_what_is_left(setting: Setting) -> None:
     assert "what is left takes about" in text
     assert "latent consistency distillation, as much time" in text
     assert find_item(items, MAIN).title in text
+
+
+def test_an_unknown_item_is_refused_before_its_plan(tmp_path: Path) -> None:
+    with pytest.raises(HipaError, match="item 'hippa' is unknown"):
+        main(tmp_path / "report", quick=True, only="hippa", plan_only=True)
+    assert not (tmp_path / "report").exists()
