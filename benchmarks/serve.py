@@ -104,7 +104,8 @@ async def overhead(
     They change places every ``BLOCK`` images: after each change the caches hold the weights of
     another process, so the first images of a block do not count.
     """
-    served, bare = [], []
+    bare = []
+    whole: dict[str, list[float]] = {"service": [], "bare_server": []}
     own: dict[str, list[float]] = {"service": [], "bare_server": []}
     cpu_bare = 0.0
     cpu_before = await cpu_seconds(url)
@@ -116,9 +117,8 @@ async def overhead(
                     took, beside = await timed_request(client, seed)
                     if seed < first + COLD:
                         continue
+                    whole[name].append(took)
                     own[name].append(beside)
-                    if name == "service":
-                        served.append(took)
             cpu_started = time.process_time()
             for seed in range(first, first + BLOCK):
                 started = time.perf_counter()
@@ -132,11 +132,13 @@ async def overhead(
             client.close()
     cpu_service = await cpu_seconds(url) - cpu_before
     images = -(-arguments.runs // BLOCK) * BLOCK
+    served = whole["service"]
     return {
         # Processor time does not grow where other programs make both wait for a core.
         "cpu_ms_a_request": round(cpu_service / images * 1000, 3),
         "cpu_ms_a_bare_image": round(cpu_bare / images * 1000, 3),
         "service": figures(served),
+        "bare_server": figures(whole["bare_server"]),
         "bare_pipeline_and_png": figures(bare),
         "difference_of_medians_ms": round(statistics.median(served) - statistics.median(bare), 3),
         "difference_of_p99_ms": round(p99(served) - p99(bare), 3),
