@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,9 +44,11 @@ BLOCK = 25  # images of the service, then of the bare pipeline
 COLD = 5  # of each block
 
 
-def request_bytes(seed: int, path: str = "/hipa/generate") -> bytes:
-    """A request for one image."""
-    body = json.dumps({"prompt": PROMPTS[seed % len(PROMPTS)], "seed": seed}).encode()
+def request_bytes(
+    seed: int, path: str = "/hipa/generate", prompts: Sequence[str] = PROMPTS
+) -> bytes:
+    """A request for one image; its seed chooses the prompt."""
+    body = json.dumps({"prompt": prompts[seed % len(prompts)], "seed": seed}).encode()
     head = (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"Accept: image/png\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -55,9 +57,16 @@ def request_bytes(seed: int, path: str = "/hipa/generate") -> bytes:
 
 
 class Client:
-    """One connection that is kept."""
+    """One connection that is kept.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        url: of the server.
+        prompts: what the requests ask for.
+
+    """
+
+    def __init__(self, url: str, prompts: Sequence[str] = PROMPTS) -> None:
+        self._prompts = prompts
         address = urlsplit(url)
         self._address = (address.hostname, address.port)
         self._streams: Any = None
@@ -67,7 +76,7 @@ class Client:
         if self._streams is None:
             self._streams = await asyncio.open_connection(*self._address)
         reader, writer = self._streams
-        writer.write(request_bytes(seed, path))
+        writer.write(request_bytes(seed, path, self._prompts))
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
         headers = {}
         for line in head[1:]:

@@ -8,9 +8,10 @@ makes an image behind a lock: what their own documentation shows. The peers' pac
 
     pip install openvino-genai    # brings openvino-tokenizers
 
-All servers run at once and are asked in turn, so that all see the same machine. Processor time of
-the server a request says more than seconds on a machine that others use. The folder gets an image
-of each.
+All servers run at once and are asked in turn, so that all see the same machine. Each request has a
+prompt that its server has not seen; rows of their own show hipa-serve with prompts that it
+remembers. Processor time of the server a request says more than seconds on a machine that others
+use. The folder gets an image of each.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ ROUNDS = 4
 A_ROUND = 25  # requests of a server
 COLD = 3  # of each round
 TOGETHER = 8  # clients
+EACH = 4  # requests of each of them
 # OpenVINO GenAI computes in bfloat16 where the processor can, unless it is told otherwise.
 PEERS = ("diffusers", "optimum-onnxruntime", "openvino-genai", "openvino-genai-float32")
 
@@ -186,45 +188,54 @@ def write_first_images(ports: dict[str, int], folder: Path) -> None:
         raise SystemExit(f"the servers' images differ in size, so no time compares: {sizes}")
 
 
-async def measure(ports: dict[str, int], processes: dict[str, psutil.Process]) -> dict[str, Any]:
-    """Requests one by one, then from several clients, server after server in every round."""
-    alone: dict[str, list[float]] = {name: [] for name in ports}
-    cpu: dict[str, list[float]] = {name: [] for name in ports}
-    rates: dict[str, list[float]] = {name: [] for name in ports}
-    for _ in range(ROUNDS):
-        for name, port in ports.items():
-            url = f"http://127.0.0.1:{port}"
-            client = Client(url)
+async def measure(
+    asked: dict[str, tuple[str, list[str]]], processes: dict[str, psutil.Process]
+) -> dict[str, Any]:
+    """Requests one by one, then from several clients, in turn in every round.
+
+    Args:
+        asked: For each row of the result, the server and the prompts that it is asked for.
+        processes: The servers, by their address.
+
+    """
+    alone: dict[str, list[float]] = {row: [] for row in asked}
+    cpu: dict[str, list[float]] = {row: [] for row in asked}
+    rates: dict[str, list[float]] = {row: [] for row in asked}
+    for number in range(ROUNDS):
+        first = number * (A_ROUND + TOGETHER * EACH)
+        for row, (url, prompts) in asked.items():
+            client = Client(url, prompts)
             used = 0.0
-            for seed in range(A_ROUND):
-                if seed == COLD:
-                    used = cpu_seconds(processes[name])
+            for turn in range(A_ROUND):
+                if turn == COLD:
+                    used = cpu_seconds(processes[url])
                 begun = time.perf_counter()
-                status, _ = await client.ask(seed)
-                assert status == 200, name
-                if seed >= COLD:
-                    alone[name].append((time.perf_counter() - begun) * 1000)
-            used = cpu_seconds(processes[name]) - used
-            cpu[name].append(used / (A_ROUND - COLD) * 1000)
+                status, _ = await client.ask(first + turn)
+                assert status == 200, row
+                if turn >= COLD:
+                    alone[row].append((time.perf_counter() - begun) * 1000)
+            used = cpu_seconds(processes[url]) - used
+            cpu[row].append(used / (A_ROUND - COLD) * 1000)
             client.close()
             begun = time.perf_counter()
-            await asyncio.gather(*[several(url, number) for number in range(TOGETHER)])
-            rates[name].append(TOGETHER * 4 / (time.perf_counter() - begun))
+            starts = range(first + A_ROUND, first + A_ROUND + TOGETHER * EACH, EACH)
+            await asyncio.gather(*[several(url, prompts, start) for start in starts])
+            rates[row].append(TOGETHER * EACH / (time.perf_counter() - begun))
     found = {}
-    for name in ports:
-        found[name] = {
-            **figures(alone[name]),
-            "cpu_ms_a_request": round(statistics.median(cpu[name]), 1),
-            "images_per_second_8_clients": round(statistics.median(rates[name]), 1),
+    for row in asked:
+        found[row] = {
+            **figures(alone[row]),
+            "cpu_ms_a_request": round(statistics.median(cpu[row]), 1),
+            "images_per_second_8_clients": round(statistics.median(rates[row]), 1),
         }
     return found
 
 
-async def several(url: str, first: int) -> None:
-    """Four requests of one of several clients."""
-    client = Client(url)
-    for seed in range(4):
-        await client.ask(first * 4 + seed)
+async def several(url: str, prompts: list[str], first: int) -> None:
+    """The requests of one of several clients."""
+    client = Client(url, prompts)
+    for seed in range(first, first + EACH):
+        await client.ask(seed)
     client.close()
 
 
@@ -252,19 +263,35 @@ def main() -> None:
         ]  # fmt: skip
     for peer in PEERS:
         commands[peer] = [__file__, "--folder", str(arguments.folder), "--serve", peer]
-    ports = {}
+    asked = {}
     processes = {}
+    ports = {}
     try:
         for name, command in commands.items():
-            ports[name] = free_port()
-            processes[name] = start([sys.executable, *command, str(ports[name])], ports[name])
+            port = free_port()
+            ports[name] = port
+            url = f"http://127.0.0.1:{port}"
+            processes[url] = start([sys.executable, *command, str(port)], port)
+            asked[name] = (url, new_prompts())
+            if name.startswith("hipa-serve"):
+                asked[f"{name}, the prompt's context remembered"] = (url, PROMPTS)
         write_first_images(ports, arguments.folder)
-        found = asyncio.run(measure(ports, processes))
+        found = asyncio.run(measure(asked, processes))
     finally:
         for process in processes.values():
             process.terminate()
     facts = {"cores": os.cpu_count(), "load_average": os.getloadavg()}
     print(json.dumps({**found, **facts}, indent=2))
+
+
+def new_prompts() -> list[str]:
+    """As many prompts as one row asks for, none of them twice.
+
+    hipa-serve remembers what its text encoder made of a prompt. The peers do not, so a prompt that
+    comes again would compare something else.
+    """
+    count = ROUNDS * (A_ROUND + TOGETHER * EACH)
+    return [f"{PROMPTS[number % len(PROMPTS)]}, picture {number}" for number in range(count)]
 
 
 def free_port() -> int:

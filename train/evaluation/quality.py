@@ -185,7 +185,12 @@ def kid_lite0(
 
 def lite0_features(images_NHWC: np.ndarray) -> Tensor:
     """Pooled EfficientNet-Lite0 features float32 [N, 1280] of uint8 images [N, H, W, 3]."""
-    return _by_chunks(_lite0().pooled, images_NHWC)
+    return pooled_features(_lite0(), images_NHWC)
+
+
+def pooled_features(network: Lite0, images_NHWC: np.ndarray) -> Tensor:
+    """Pooled features float32 [N, 1280] of uint8 images [N, H, W, 3], by any such network."""
+    return _by_chunks(network.pooled, images_NHWC)
 
 
 def paired_distance(images_a_NHWC: np.ndarray, images_b_NHWC: np.ndarray) -> float:

