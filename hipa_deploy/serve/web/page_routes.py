@@ -19,6 +19,7 @@ from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.reference import reference_prompt
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_baked_prompts
+from hipa_deploy.generate.refine.refiner import LEAST_STEPS, MOST_STEPS
 from hipa_deploy.serve.service import ImageService
 from hipa_deploy.serve.web.api_errors import ApiError
 
@@ -105,7 +106,12 @@ def about(request: Request) -> dict[str, Any]:
     limits = service.limits
     return {
         "prompts": prompts,
-        "limits": {"prompt": limits.prompt, "body": limits.body, "pixels": limits.pixels},
+        "limits": {
+            "prompt": limits.prompt,
+            "body": limits.body,
+            "pixels": limits.pixels,
+            "steps": {"min": LEAST_STEPS, "max": min(limits.steps, MOST_STEPS)},
+        },
     }
 
 

@@ -6,6 +6,7 @@ import { History } from "./history.js";
 import { askForKey } from "./key_dialog.js";
 import { Newest } from "./newest.js";
 import { readFacts } from "./png_facts.js";
+import { Refining } from "./refining.js";
 import { Result } from "./result.js";
 import { MISSING_MASK, Source } from "./source.js";
 
@@ -35,6 +36,7 @@ const history = new History({
   forget: byId("forget"),
   restore,
 });
+const refining = new Refining(refine);
 const newest = new Newest({ run: makeImage, done, failed, busy });
 
 // ---- asking for images ----
@@ -269,20 +271,30 @@ async function restore(entry) {
 /** What can be done with the image that is shown: a draft can be refined, if its model can. */
 function offerWhatFollows(order) {
   byId("use").disabled = !form.bundle;
-  const bundle = form.models.find((model) => model.id === order.model);
-  byId("refine").disabled = order.refined || order.task !== "generate" || !bundle?.refine;
+  refining.offer(order, form.models);
 }
 
 /** The final image of the draft that is shown: many steps of the base model from its own noise. */
 function refine() {
+  const wasStale = result.isStale;
+  let steps;
+  try {
+    steps = refining.read();
+  } catch (error) {
+    showError(error);
+    result.stale(wasStale); // the draft is what it was
+    refining.steps.focus();
+    return;
+  }
+  form.mark(null);
   asked += 1;
   tries = 0;
   clearTimeout(settling);
   hideError();
   history.add(result.shown);
   const { order, seed } = result.shown;
-  say("The image is refined. This takes many steps.");
-  newest.request({ ...order, seed, refined: true, keep: true });
+  say(`The image is refined in ${steps} steps.`);
+  newest.request({ ...order, seed, refined: true, steps, keep: true });
 }
 
 // ---- keys and buttons ----
@@ -307,7 +319,6 @@ byId("controls").addEventListener("submit", (event) => {
   event.preventDefault();
   makeNow();
 });
-byId("refine").addEventListener("click", refine);
 byId("dice").addEventListener("click", newSeed);
 byId("stop").addEventListener("click", stop);
 byId("retry").addEventListener("click", () => tryAgain());
@@ -402,7 +413,7 @@ async function offerModels() {
   const { models } = await getJson("hipa/models");
   source.limits = about.limits;
   form.offer(models);
-  byId("refine").hidden = !models.some((model) => model.refine);
+  refining.show(models, about.limits.steps);
   byId("use").hidden = form.nextTask === null;
   showIdeas();
   await source.fit(form.task, form.target);

@@ -83,7 +83,12 @@ def test_about_has_an_example_that_the_model_was_made_for(bundles: dict[str, Bun
     answer = get("/page/about", "emoji", str(bundles["tiny-edit"].root)).json()
     assert answer["prompts"]["emoji"] == {"example": "3d emoji of a red apple", "known": []}
     assert answer["prompts"]["tiny-edit"]["example"]
-    assert answer["limits"] == {"prompt": 4000, "body": 1 << 25, "pixels": 1 << 24}
+    assert answer["limits"] == {
+        "prompt": 4000,
+        "body": 1 << 25,
+        "pixels": 1 << 24,
+        "steps": {"min": 2, "max": 100},
+    }
 
 
 def test_about_has_the_closed_set_of_a_bundle_without_a_text_encoder(
