@@ -16,6 +16,7 @@ from tests.browser import open_browser, open_page
 from tests.hipa_deploy.serve.web.test_page import (
     CONTRAST,
     PHONE,
+    drop_image,
     pixels,
     shown,
     wait_for_image,
@@ -158,6 +159,25 @@ def test_the_steps_fit_on_a_phone(server: Server, scheme: str) -> None:
         page.fill("#refine-steps", "2")
         page.tap("#refine")
         wait_for_final(page, 2)
+
+
+def test_a_dropped_final_image_brings_its_steps_back(page: Any, server: Server) -> None:
+    """The draft is made at once; the final image is the user's to ask for."""
+    request = urllib.request.Request(
+        f"{server.url}/hipa/refine",
+        data=json.dumps({"model": "fine", "prompt": PROMPT, "seed": 5, "steps": 4}).encode(),
+        headers={"content-type": "application/json", "accept": "image/png"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        file = answer.read()
+    drop_image(page, file)
+    wait_for_image(page, PROMPT, "5")
+    page.wait_for_function("() => !document.querySelector('#refine').disabled")
+    assert page.input_value("#model") == "fine"
+    assert page.input_value("#refine-steps") == "4"
+    page.click("#refine")
+    wait_for_final(page, 4)
+    np.testing.assert_array_equal(shown(page), pixels(file))
 
 
 def test_a_refining_that_failed_is_tried_again(page: Any, server: Server) -> None:
