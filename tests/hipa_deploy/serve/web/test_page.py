@@ -398,6 +398,62 @@ def test_only_what_was_painted_is_made_anew(page: Any) -> None:
     )
 
 
+def touch(page: Any, *places: tuple[float, float]) -> None:
+    """Move a finger over the mask, through places in parts of its width and height."""
+    page.locator("#mask").scroll_into_view_if_needed()
+    box = page.locator("#mask").bounding_box()
+    fingers = page.context.new_cdp_session(page)
+
+    def send(kind: str, *points: dict[str, float]) -> None:
+        # Playwright itself has taps alone.
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(points)})
+
+    at = [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]} for x, y in places]
+    send("touchStart", at[0])
+    for point in at[1:]:
+        send("touchMove", point)
+    send("touchEnd")
+
+
+def test_a_finger_paints_on_a_phone(browser: Any, server: Server) -> None:
+    source_HWC = example_image(32, 32, number=3)
+    options = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
+    with open_page(browser, server.url, script=KEEP_FORMS, **options) as page:
+        page.tap("label:has([value=inpaint])")
+        page.tap("label:has(#live)")
+        page.fill("#prompt", PEAR)
+        give_image(page, png(source_HWC))
+        page.wait_for_selector("#mask")
+        page.evaluate("document.querySelector('#feather').value = 0")
+        page.locator("#mask").scroll_into_view_if_needed()
+        scrolled = page.evaluate("scrollY")
+        # Down the image, as a finger would scroll the page.
+        touch(page, (0.5, 0.75), (0.5, 0.6), (0.5, 0.4), (0.5, 0.25))
+        assert page.evaluate("scrollY") == scrolled, "the finger paints, and does not scroll"
+        assert page.is_enabled("#undo")
+        with page.expect_request("**/hipa/inpaint"):
+            page.tap("#make")
+        wait_for_image(page, PEAR)
+        mask_HW = pixels(form_parts(page)["mask"])[..., 0]
+        # A line of 6 pixels (20 percent) along column 16, from row 8 to row 24.
+        assert mask_HW[8:24, 15:17].all()
+        assert not mask_HW[:, :12].any()
+        assert not mask_HW[:, 20:].any()
+        assert not mask_HW[:4].any()
+        result_HWC = shown(page)
+        inside = mask_HW > 0
+        np.testing.assert_array_equal(result_HWC[~inside], source_HWC[~inside])
+        assert np.abs(result_HWC[inside].astype(int) - source_HWC[inside]).mean() > 5
+        # A tap alone is a dot.
+        page.tap("#clear")
+        page.tap("#mask", position={"x": 40, "y": 40})
+        with page.expect_request("**/hipa/inpaint"):
+            page.tap("#make")
+        wait_for_image(page, PEAR)
+        dot_HW = pixels(form_parts(page)["mask"])[..., 0] > 0
+        assert 20 < dot_HW.sum() < 60
+
+
 def test_a_mask_is_erased_undone_cleared_and_restored(page: Any) -> None:
     page.check("[value=inpaint]", force=True)
     page.uncheck("#live")
