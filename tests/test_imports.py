@@ -14,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "peft", "polygraphy")
+# What answers over HTTP, and what it takes.
+SERVERS = ("fastapi", "uvicorn", "starlette", "httptools", "prometheus_client", "ray")
 STAGES = ("train", "export", "engines")
 RUNTIME = [
     "hipa_deploy",
@@ -36,13 +38,18 @@ RUNTIME = [
 ]
 
 
-def loaded_by(code: str) -> set[str]:
-    """Top-level packages in sys.modules after ``code`` ran in a fresh interpreter."""
-    script = f"import sys\n{code}\nprint(' '.join({{name.split('.')[0] for name in sys.modules}}))"
+def modules_loaded_by(code: str) -> set[str]:
+    """The names in sys.modules after ``code`` ran in a fresh interpreter."""
+    script = f"import sys\n{code}\nprint(' '.join(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     return set(result.stdout.splitlines()[-1].split())
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level packages of these."""
+    return {name.split(".")[0] for name in modules_loaded_by(code)}
 
 
 def test_runtime_imports_nothing_heavy() -> None:
@@ -58,6 +65,25 @@ def test_help_imports_no_numerics() -> None:
         "try:\n    main(['generate', '--help'])\nexcept SystemExit:\n    pass"
     )
     assert loaded_by(code).isdisjoint({*HEAVY, "numpy", "onnxruntime", "PIL"})
+
+
+def test_generating_loads_no_server(tmp_path: Path) -> None:
+    """All that ``hipa-generate`` loads to make an image and write its file."""
+    out = tmp_path / "apple.png"
+    code = (
+        "from hipa_deploy.commands.app import main\n"
+        f"arguments = ['generate', 'emoji', '3d emoji of a red apple', '--out', {str(out)!r}]\n"
+        "try:\n    main([*arguments, '--backend', 'onnxruntime'])\n"
+        "except SystemExit as end:\n    assert not end.code, end.code"
+    )
+    names = modules_loaded_by(code)
+    assert out.is_file()
+    assert {"numpy", "onnxruntime", "hipa_deploy.generate.pipeline"} <= names
+    # The options of hipa-serve are there, as those of every command: their rooms say nothing else.
+    served = {name for name in names if name.startswith("hipa_deploy.serve")}
+    options = "hipa_deploy.serve.process.command"
+    assert served == {"hipa_deploy.serve", "hipa_deploy.serve.process", options}
+    assert names.isdisjoint({*HEAVY, *SERVERS})
 
 
 # The rooms, from the ground up: a module imports from its own room and from those before it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
@@ -13,6 +13,7 @@ from hipa_deploy.serve.image_files import BEST, MEDIA_TYPES
 from hipa_deploy.serve.serve_metrics import CONTENT_TYPE
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import Delivery, ImageService, Order
+from hipa_deploy.serve.web.accept_header import accepted_format
 from hipa_deploy.serve.web.answering import (
     DirectRoute,
     check_prompt_length,
@@ -36,13 +37,15 @@ from hipa_deploy.serve.web.schemas import (
     UpscaleFields,
 )
 
+FieldsOfRoute = TypeVar("FieldsOfRoute", bound=OwnFields)
+
 router = APIRouter(route_class=DirectRoute)
 
 
 @router.post("/hipa/generate", openapi_extra=json_schema(GenerateFields))
 async def generate(request: Request) -> Response:
     """Images from a prompt."""
-    fields = await json_fields(request, GenerateFields)
+    fields = _in_format(request, await json_fields(request, GenerateFields))
     return await _images_of(request, fields, "generate")
 
 
@@ -50,7 +53,7 @@ async def generate(request: Request) -> Response:
 async def refine(request: Request) -> Response:
     """The final images of drafts: the same fields as of ``/hipa/generate``, in many steps."""
     service: ImageService = request.app.state.service
-    fields = await json_fields(request, RefineFields)
+    fields = _in_format(request, await json_fields(request, RefineFields))
     model = _model(service, fields, "generate", fields.prompt)
     check_refines(model)
     settings = refine_settings(model.served.bundle, fields.steps, fields.guidance, fields.sampler)
@@ -63,7 +66,7 @@ async def refine(request: Request) -> Response:
 async def edit(request: Request) -> Response:
     """An image, edited as a prompt says."""
     async with Form(request, ["image"]) as form:
-        fields = form.fields(EditFields)
+        fields = _in_format(request, form.fields(EditFields))
         image = form.file("image", required=True)
         return await _images_of(request, fields, "edit", image=image, strength=fields.strength)
 
@@ -72,7 +75,7 @@ async def edit(request: Request) -> Response:
 async def inpaint(request: Request) -> Response:
     """An image of which the part that is white in the mask is repainted."""
     async with Form(request, ["image", "mask"]) as form:
-        fields = form.fields(InpaintFields)
+        fields = _in_format(request, form.fields(InpaintFields))
         image = form.file("image", required=True)
         mask = form.file("mask", required=True)
         return await _images_of(
@@ -90,7 +93,7 @@ async def inpaint(request: Request) -> Response:
 async def control(request: Request) -> Response:
     """Images from a prompt that follow a control image."""
     async with Form(request, ["image"]) as form:
-        fields = form.fields(ControlFields)
+        fields = _in_format(request, form.fields(ControlFields))
         image = form.file("image", required=True)
         return await _images_of(request, fields, "control", image=image, scale=fields.scale)
 
@@ -100,7 +103,7 @@ async def upscale(request: Request) -> Response:
     """An image, enlarged by the model's factor."""
     service: ImageService = request.app.state.service
     async with Form(request, ["image"]) as form:
-        fields = form.fields(UpscaleFields)
+        fields = _in_format(request, form.fields(UpscaleFields))
         image = form.file("image", required=True)
         order = Order(
             model=_model(service, fields, "upscale", fields.prompt),
@@ -145,6 +148,20 @@ async def metrics(request: Request) -> Response:
     return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
+def _in_format(request: Request, fields: FieldsOfRoute) -> FieldsOfRoute:
+    """The fields, with the format that the header Accept names where they name none.
+
+    Raises:
+        ApiError: the two contradict each other.
+
+    """
+    asked = fields.output_format if "output_format" in fields.model_fields_set else None
+    accepted = accepted_format(request.headers.getlist("accept"), asked)
+    if accepted is None:
+        return fields
+    return fields.model_copy(update={"output_format": accepted})
+
+
 async def _images_of(request: Request, fields: GenerateFields, task: str, **more: Any) -> Response:
     service: ImageService = request.app.state.service
     order = Order(
@@ -171,9 +188,7 @@ def _model(service: ImageService, fields: OwnFields, task: str, prompt: str) -> 
 
 async def _answer(service: ImageService, request: Request, order: Order) -> Response:
     """The bytes of one image where the client asks for an image, else JSON."""
-    accepts = request.headers.get("accept", "")
-    media_type = MEDIA_TYPES[order.format]
-    as_bytes = media_type in accepts or "image/*" in accepts
+    as_bytes = accepted_format(request.headers.getlist("accept"), order.format) is not None
     # Before any of them is made.
     if as_bytes and len(order.seeds) > 1:
         raise ApiError(
@@ -191,6 +206,7 @@ async def _answer(service: ImageService, request: Request, order: Order) -> Resp
     if as_bytes:
         timing = ", ".join(f"{name[:-3]};dur={value}" for name, value in times.items())
         headers = {"x-hipa-seed": str(order.seeds[0]), "server-timing": timing}
+        media_type = MEDIA_TYPES[order.format]
         return Response(delivery.files[0], media_type=media_type, headers=headers)
     return JSONResponse(_described_delivery(delivery, order, times))
 

@@ -15,10 +15,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, loaded_unet_sha256
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.reference import reference_prompt
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.prompts import BAKED_PROMPTS, read_baked_prompts
+from hipa_deploy.generate.refine.refiner import LEAST_STEPS, MOST_STEPS
+from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import ImageService
 from hipa_deploy.serve.web.api_errors import ApiError
 
@@ -92,20 +95,29 @@ async def index(request: Request) -> Response:
 
 @router.get("/page/about", include_in_schema=False)
 def about(request: Request) -> dict[str, Any]:
-    """What the page must know beside ``/hipa/models``: example prompts, and what is allowed.
+    """What the page must know beside ``/hipa/models``: prompts, hashes, and what is allowed.
 
     It is no coroutine, because it reads files: the framework runs it in a thread.
     """
     state = request.app.state
     service: ImageService = state.service
-    prompts = getattr(state, "page_prompts", None)
-    if prompts is None:
-        prompts = {served.name: _prompts(served.bundle) for served in service.models.served}
-        state.page_prompts = prompts
+    facts = getattr(state, "page_facts", None)
+    if facts is None:
+        models = service.models
+        facts = {
+            "prompts": {served.name: _prompts(served.bundle) for served in models.served},
+            "models": {name: _hashes(model) for name, model in models.by_name.items()},
+        }
+        state.page_facts = facts
     limits = service.limits
     return {
-        "prompts": prompts,
-        "limits": {"prompt": limits.prompt, "body": limits.body, "pixels": limits.pixels},
+        **facts,
+        "limits": {
+            "prompt": limits.prompt,
+            "body": limits.body,
+            "pixels": limits.pixels,
+            "steps": {"min": LEAST_STEPS, "max": min(limits.steps, MOST_STEPS)},
+        },
     }
 
 
@@ -123,6 +135,21 @@ def _answer(request: Request, name: str) -> Response:
     if request.headers.get("if-none-match") == found.etag:
         return Response(status_code=304, headers=headers)
     return Response(found.content, media_type=found.media_type, headers=headers)
+
+
+def _hashes(model: Model) -> dict[str, str] | None:
+    """What tells a model from others of its name, as the parameters of its images have it.
+
+    None of an adaptor that was damaged since the start: the page is a help.
+    """
+    bundle = model.served.bundle
+    swap = None
+    try:
+        if model.adaptor:
+            swap = AdaptorSwap.open(bundle, model.adaptor, remembered=True)
+    except HipaError:
+        return None
+    return {"bundle": bundle.sha256, "unet": loaded_unet_sha256(bundle, swap)}
 
 
 def _prompts(bundle: Bundle) -> dict[str, Any]:

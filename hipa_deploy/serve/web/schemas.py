@@ -8,8 +8,6 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -36,12 +34,16 @@ class Fields(BaseModel):
     output_format: Format = "png"
     output_compression: Quality = BEST
 
-    @field_validator("output_format", "output_compression", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _null_is_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+    def _null_names_no_format(cls, data: Any) -> Any:
         """OpenAI's clients send null where a program passes None, as their types allow."""
-        assert info.field_name is not None
-        return cls.model_fields[info.field_name].default if value is None else value
+        if not isinstance(data, dict):
+            return data
+        left_out = ("output_format", "output_compression")
+        return {
+            name: value for name, value in data.items() if value is not None or name not in left_out
+        }
 
 
 class OpenAiFields(Fields):

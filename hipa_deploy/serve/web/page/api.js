@@ -51,6 +51,7 @@ function jsonRequest(order) {
   const fields = { model: order.model, prompt: order.prompt };
   if (order.width) fields.width = order.width;
   if (order.height) fields.height = order.height;
+  if (order.steps) fields.steps = order.steps;
   // A seed has up to 63 bits, and a number of JavaScript 53: its digits are written as they are.
   const body = JSON.stringify(fields).replace(/}$/, `,"seed":${order.seed}}`);
   return { body, headers: { "content-type": "application/json" } };

@@ -91,6 +91,8 @@ export class Brush {
       canvas.setPointerCapture(event.pointerId);
       this.#begin(this.#place(event));
     });
+    // No gesture: a browser takes the tap after a quick stroke for the end of a fling, and drops it.
+    canvas.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
     canvas.addEventListener("pointermove", (event) => {
       this.#showRing(this.#place(event));
       if (!this.stroke) return;

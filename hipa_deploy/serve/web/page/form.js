@@ -157,7 +157,7 @@ export class Form {
 
   /** Mark the control that holds a wrong value; null marks none. */
   mark(control) {
-    for (const one of [this.prompt, this.seed, this.width, this.height]) {
+    for (const one of [this.prompt, this.seed, this.width, this.height, byId("refine-steps")]) {
       if (one === control) one.setAttribute("aria-invalid", "true");
       else one.removeAttribute("aria-invalid");
     }

@@ -5,7 +5,8 @@ import { Form, FormProblem } from "./form.js";
 import { History } from "./history.js";
 import { askForKey } from "./key_dialog.js";
 import { Newest } from "./newest.js";
-import { readFacts } from "./png_facts.js";
+import { orderOf, readFacts } from "./png_facts.js";
+import { Refining } from "./refining.js";
 import { Result } from "./result.js";
 import { MISSING_MASK, Source } from "./source.js";
 
@@ -18,7 +19,7 @@ const NOT_CONNECTED = "The service does not answer yet. The page goes on asking 
 
 const byId = (id) => document.getElementById(id);
 
-let about = { prompts: {}, limits: { prompt: Infinity, body: Infinity, pixels: Infinity } };
+let about = { prompts: {}, models: {}, limits: { prompt: Infinity, body: Infinity, pixels: Infinity } };
 let lastRoundTrip = SHORTEST_DELAY;
 let settling = null;
 let tries = 0;
@@ -35,6 +36,7 @@ const history = new History({
   forget: byId("forget"),
   restore,
 });
+const refining = new Refining(refine);
 const newest = new Newest({ run: makeImage, done, failed, busy });
 
 // ---- asking for images ----
@@ -223,11 +225,7 @@ async function received(file) {
   if (form.task !== "generate") return false;
   const facts = await readFacts(file);
   if (typeof facts?.prompt === "string" && /^\d+$/.test(facts.seed ?? "")) {
-    form.prompt.value = facts.prompt;
-    form.seed.value = facts.seed;
-    say("The prompt and the seed were read from the image.");
-    showIdeas();
-    ask({ keep: true });
+    restoreFacts(facts);
     return true;
   }
   const task = form.tasks.find((one) => one !== "generate");
@@ -238,6 +236,36 @@ async function received(file) {
   form.setTask(task);
   showIdeas();
   return false;
+}
+
+/** Put what a PNG says of its making into the form; make it again, if its model is served here. */
+function restoreFacts(facts) {
+  const order = orderOf(facts, form.models, about.models ?? {});
+  if (!order) {
+    newest.stop();
+    asked += 1;
+    clearTimeout(settling);
+    form.prompt.value = facts.prompt;
+    form.seed.value = facts.seed;
+    showIdeas();
+    showError(new FormProblem(`The prompt and the seed were read from the image. ${absenceOf(facts)}`, null));
+    return;
+  }
+  form.write(order);
+  const steps = facts.refine?.steps;
+  if (Number.isInteger(steps)) refining.fill(order.model, steps);
+  showIdeas();
+  say("The model, the prompt and the settings were read from the image.");
+  ask({ keep: true });
+}
+
+/** Why the image of a PNG cannot be made here. */
+function absenceOf(facts) {
+  if (typeof facts.bundle_name !== "string") return "It does not name its model.";
+  const name = facts.bundle_name.slice(0, 100);
+  const isKnown = form.models.some((model) => model.id === name);
+  if (isKnown) return `Its model ${name} is served here in another version, or without its adaptor.`;
+  return `Its model ${name} is not served here. The form names another one.`;
 }
 
 async function restore(entry) {
@@ -269,20 +297,30 @@ async function restore(entry) {
 /** What can be done with the image that is shown: a draft can be refined, if its model can. */
 function offerWhatFollows(order) {
   byId("use").disabled = !form.bundle;
-  const bundle = form.models.find((model) => model.id === order.model);
-  byId("refine").disabled = order.refined || order.task !== "generate" || !bundle?.refine;
+  refining.offer(order, form.models);
 }
 
 /** The final image of the draft that is shown: many steps of the base model from its own noise. */
 function refine() {
+  const wasStale = result.isStale;
+  let steps;
+  try {
+    steps = refining.read();
+  } catch (error) {
+    showError(error);
+    result.stale(wasStale); // the draft is what it was
+    refining.steps.focus();
+    return;
+  }
+  form.mark(null);
   asked += 1;
   tries = 0;
   clearTimeout(settling);
   hideError();
   history.add(result.shown);
   const { order, seed } = result.shown;
-  say("The image is refined. This takes many steps.");
-  newest.request({ ...order, seed, refined: true, keep: true });
+  say(`The image is refined in ${steps} steps.`);
+  newest.request({ ...order, seed, refined: true, steps, keep: true });
 }
 
 // ---- keys and buttons ----
@@ -307,7 +345,6 @@ byId("controls").addEventListener("submit", (event) => {
   event.preventDefault();
   makeNow();
 });
-byId("refine").addEventListener("click", refine);
 byId("dice").addEventListener("click", newSeed);
 byId("stop").addEventListener("click", stop);
 byId("retry").addEventListener("click", () => tryAgain());
@@ -402,7 +439,7 @@ async function offerModels() {
   const { models } = await getJson("hipa/models");
   source.limits = about.limits;
   form.offer(models);
-  byId("refine").hidden = !models.some((model) => model.refine);
+  refining.show(models, about.limits.steps);
   byId("use").hidden = form.nextTask === null;
   showIdeas();
   await source.fit(form.task, form.target);

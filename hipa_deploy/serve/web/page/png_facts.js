@@ -22,6 +22,23 @@ export async function readFacts(blob) {
   return null;
 }
 
+/**
+ * The order that made an image, as the history has it; null if no model here makes the same.
+ *
+ * `made` has the hashes of bundle and UNet of each model, as the parameters of its images have them.
+ */
+export function orderOf(facts, models, made) {
+  const model = models.find(({ id }) => {
+    const hashes = made[id];
+    return hashes && hashes.bundle === facts.bundle && hashes.unet === facts.unet;
+  });
+  if (!model) return null;
+  const { prompt, seed, strength, feather, match, scale } = facts;
+  const order = { task: model.task, model: model.id, prompt, seed, strength, feather, match, scale };
+  if (model.task === "upscale") return order; // its size is that of the enlarged image
+  return { ...order, width: facts.width, height: facts.height };
+}
+
 /** Keyword, 0, compressed?, method, language, 0, translated keyword, 0, text in UTF-8. */
 function readText(chunk) {
   const decode = (part) => new TextDecoder().decode(part);

@@ -67,7 +67,8 @@ export class Result {
   #caption(order, seed) {
     const how = document.createElement("span");
     how.className = "hint";
-    const made = order.refined ? " · refined" : "";
+    const steps = order.steps ? ` in ${order.steps} steps` : "";
+    const made = order.refined ? ` · refined${steps}` : "";
     how.textContent = order.task === "upscale" ? order.model : `seed ${seed} · ${order.model}${made}`;
     byId("caption").replaceChildren(order.prompt, how);
   }

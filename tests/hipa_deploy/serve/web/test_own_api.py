@@ -72,6 +72,80 @@ def test_several_images_are_json(http: httpx.Client) -> None:
     assert images_made(http) == before, "refused before they are made"
 
 
+@pytest.mark.parametrize(
+    ("accept", "fields", "kind"),
+    [
+        ("image/png", {}, "PNG"),
+        ("image/webp", {}, "WEBP"),
+        ("image/jpeg", {}, "JPEG"),
+        ("IMAGE/WebP", {"output_format": None}, "WEBP"),
+        ("image/webp", {"output_compression": 80}, "WEBP"),
+        ("image/*", {}, "PNG"),
+        ("image/*", {"output_format": "jpeg"}, "JPEG"),
+        ("image/avif, image/*, image/webp", {}, "WEBP"),
+        ("image/png;q=0.5, image/jpeg", {}, "JPEG"),
+        ("image/jpeg;q=0, image/png", {}, "PNG"),
+        ("*/*, image/webp", {}, "WEBP"),
+        ("image/png, image/webp", {"output_format": "webp"}, "WEBP"),
+    ],
+)
+def test_an_accepted_format_is_that_of_the_bytes(
+    http: httpx.Client, accept: str, fields: dict[str, object], kind: str
+) -> None:
+    order = {"prompt": PROMPT, "model": "tiny", "seed": 5, **fields}
+    answer = http.post("/hipa/generate", json=order, headers={"accept": accept})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == f"image/{kind.lower()}"
+    assert Image.open(io.BytesIO(answer.content)).format == kind
+
+
+def test_a_form_is_answered_in_an_accepted_format(http: httpx.Client) -> None:
+    data = {"prompt": PROMPT, "seed": "5"}
+    files = {"image": png(IMAGE_HWC)}
+    for path in ("edit", "upscale", "control"):
+        fields = {"prompt": PROMPT} if path == "upscale" else data
+        answer = http.post(
+            f"/hipa/{path}", data=fields, files=files, headers={"accept": "image/webp"}
+        )
+        assert Image.open(io.BytesIO(answer.content)).format == "WEBP"
+
+
+@pytest.mark.parametrize(
+    ("accept", "output_format"),
+    [
+        ("*/*", "png"),
+        ("text/html", "png"),
+        ("application/json, image/webp;q=0.5", "png"),
+        ("image/png, */*;q=0.1", "webp"),
+    ],
+)
+def test_json_for_who_accepts_no_such_image(
+    http: httpx.Client, accept: str, output_format: str
+) -> None:
+    order = {"prompt": PROMPT, "model": "tiny", "seed": 5, "output_format": output_format}
+    answer = http.post("/hipa/generate", json=order, headers={"accept": accept})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["output_format"] == output_format
+
+
+def test_a_format_that_is_not_accepted_is_refused(http: httpx.Client) -> None:
+    order = {"prompt": PROMPT, "model": "tiny", "output_format": "webp"}
+    before = images_made(http)
+    answer = http.post("/hipa/generate", json=order, headers={"accept": "image/png, image/jpeg"})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["param"], error["code"]) == ("output_format", "invalid_value")
+    assert error["message"] == (
+        "output_format: webp is not what the header Accept names: image/png, image/jpeg. "
+        "Leave one of the two out."
+    )
+    assert images_made(http) == before, "refused before they are made"
+    # A PNG has no quality, whoever names it.
+    order = {"prompt": PROMPT, "model": "tiny", "output_compression": 80}
+    answer = http.post("/hipa/generate", json=order, headers={"accept": "image/png"})
+    assert answer.json()["error"]["param"] == "output_compression"
+
+
 def test_a_prompt_that_is_too_long_may_be_cut(http: httpx.Client) -> None:
     order = {"prompt": "pear " * 80, "model": "tiny", "seed": 5}
     assert http.post("/hipa/generate", json=order).status_code == 400

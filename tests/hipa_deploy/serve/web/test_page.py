@@ -17,7 +17,7 @@ from PIL import Image
 
 from hipa_deploy.images.compositing import seam_weight
 from hipa_deploy.images.example_source import example_image
-from hipa_deploy.images.png import read_parameters
+from hipa_deploy.images.png import png_bytes, read_parameters
 from tests.browser import open_browser, open_page
 from tests.served import Server, add_swaps, running, tiny_bundles
 
@@ -264,6 +264,108 @@ def test_the_download_carries_the_parameters(page: Any, tmp_path: Path) -> None:
     assert page.input_value("#seed") == "0"
 
 
+def api_file(server: Server, path: str, **fields: str) -> bytes:
+    """A PNG that the API makes of an image."""
+    answer = httpx.post(
+        f"{server.url}/hipa/{path}",
+        data={"prompt": PEAR, **fields},
+        files={"image": ("a.png", png(example_image(32, 32, number=3)), "image/png")},
+        headers={"accept": "image/png"},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+def test_a_dropped_png_brings_its_model_and_adaptor_back(page: Any, tmp_path: Path) -> None:
+    page.select_option("#model", "tiny")
+    page.select_option("#adaptor", "tiny:half")
+    page.fill("#seed", LONGEST_SEED)
+    page.fill("#prompt", PEAR)
+    page.keyboard.press("Enter")
+    wait_for_image(page, PEAR, LONGEST_SEED)
+    made = shown(page)
+    with page.expect_download() as caught:
+        page.click("#download")
+    caught.value.save_as(tmp_path / "image.png")
+    page.reload()
+    page.wait_for_selector("#service[data-state=ready]")
+    assert page.input_value("#model") == "emoji"
+    drop_image(page, (tmp_path / "image.png").read_bytes())
+    wait_for_image(page, PEAR, LONGEST_SEED)
+    assert page.input_value("#model") == "tiny"
+    assert page.input_value("#adaptor") == "tiny:half"
+    np.testing.assert_array_equal(shown(page), made)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "value"), [("edit", "strength", "0.5"), ("control", "scale", "0.25")]
+)
+def test_a_dropped_png_brings_its_task_and_settings_back(
+    page: Any, server: Server, task: str, field: str, value: str
+) -> None:
+    """The image that it was made from is not in the file: the page asks for it."""
+    file = api_file(server, task, seed="5", **{field: value})
+    drop_image(page, file)
+    page.wait_for_selector("#error")
+    assert re.match("Drop, paste or choose an? (control )?image", page.inner_text("#error"))
+    assert page.is_checked(f"[value={task}]")
+    assert page.input_value("#model") == f"tiny-{task}"
+    assert page.input_value(f"#{field}") == value
+    drop_image(page, png(example_image(32, 32, number=3)))
+    wait_for_image(page, PEAR, "5")
+    np.testing.assert_array_equal(shown(page), pixels(file))
+
+
+def test_a_dropped_png_brings_its_size_back(browser: Any, server: Server) -> None:
+    """The models here have one size each, so that others are offered in their place."""
+    hashes = httpx.get(f"{server.url}/page/about").json()["models"]["tiny"]
+    models = httpx.get(f"{server.url}/hipa/models").json()["models"]
+    for model in models:
+        for side in ("width", "height"):
+            model[side] |= {"max": 256, "multiple": 8}
+    parameters = {"prompt": PEAR, "seed": 7, "height": 40, "width": 48, **hashes}
+    file = png_bytes(example_image(40, 48, number=3), parameters)
+    with open_page(browser, server.url) as page:
+        page.route("**/hipa/models", lambda route: route.fulfill(json={"models": models}))
+        page.route("**/hipa/generate", lambda route: route.fulfill(status=400, body=""))
+        page.reload()
+        page.wait_for_selector("#service[data-state=ready]")
+        with page.expect_request("**/hipa/generate") as caught:
+            drop_image(page, file)
+        sent = caught.value.post_data_json
+        assert sent == {"model": "tiny", "prompt": PEAR, "width": 48, "height": 40, "seed": 7}
+        page.wait_for_selector("#error")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("elsewhere", "Its model elsewhere is not served here. The form names another one."),
+        ("tiny", "Its model tiny is served here in another version, or without its adaptor."),
+        (None, "It does not name its model."),
+    ],
+)
+def test_a_dropped_png_of_a_model_that_is_not_served(
+    page: Any, name: str | None, words: str
+) -> None:
+    page.fill("#prompt", APPLE)
+    wait_for_image(page, APPLE)
+    asked: list[Any] = []
+    page.on("request", lambda request: asked.append(request.url))
+    parameters = {"prompt": PEAR, "seed": 7, "bundle": "0" * 64, "bundle_name": name}
+    drop_image(page, png_bytes(example_image(32, 32, number=3), parameters))
+    page.wait_for_selector("#error")
+    assert page.inner_text("#error") == f"The prompt and the seed were read from the image. {words}"
+    assert page.input_value("#prompt") == PEAR
+    assert page.input_value("#seed") == "7"
+    assert page.input_value("#model") == "emoji"
+    page.wait_for_timeout(600)  # longer than the page waits for more keystrokes
+    assert [url for url in asked if "/hipa/" in url] == [], "the user decides on another model"
+    page.click("#make")
+    wait_for_image(page, PEAR, "7")
+
+
 def test_only_what_was_painted_is_made_anew(page: Any) -> None:
     source_HWC = example_image(32, 32, number=3)
     page.check("[value=inpaint]", force=True)
@@ -294,6 +396,62 @@ def test_only_what_was_painted_is_made_anew(page: Any) -> None:
     assert (
         page.evaluate("document.querySelector('#before').style.clipPath") == "inset(0px 0% 0px 0px)"
     )
+
+
+def touch(page: Any, *places: tuple[float, float]) -> None:
+    """Move a finger over the mask, through places in parts of its width and height."""
+    page.locator("#mask").scroll_into_view_if_needed()
+    box = page.locator("#mask").bounding_box()
+    fingers = page.context.new_cdp_session(page)
+
+    def send(kind: str, *points: dict[str, float]) -> None:
+        # Playwright itself has taps alone.
+        fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": list(points)})
+
+    at = [{"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]} for x, y in places]
+    send("touchStart", at[0])
+    for point in at[1:]:
+        send("touchMove", point)
+    send("touchEnd")
+
+
+def test_a_finger_paints_on_a_phone(browser: Any, server: Server) -> None:
+    source_HWC = example_image(32, 32, number=3)
+    options = {"viewport": PHONE, "has_touch": True, "is_mobile": True}
+    with open_page(browser, server.url, script=KEEP_FORMS, **options) as page:
+        page.tap("label:has([value=inpaint])")
+        page.tap("label:has(#live)")
+        page.fill("#prompt", PEAR)
+        give_image(page, png(source_HWC))
+        page.wait_for_selector("#mask")
+        page.evaluate("document.querySelector('#feather').value = 0")
+        page.locator("#mask").scroll_into_view_if_needed()
+        scrolled = page.evaluate("scrollY")
+        # Down the image, as a finger would scroll the page.
+        touch(page, (0.5, 0.75), (0.5, 0.6), (0.5, 0.4), (0.5, 0.25))
+        assert page.evaluate("scrollY") == scrolled, "the finger paints, and does not scroll"
+        assert page.is_enabled("#undo")
+        with page.expect_request("**/hipa/inpaint"):
+            page.tap("#make")
+        wait_for_image(page, PEAR)
+        mask_HW = pixels(form_parts(page)["mask"])[..., 0]
+        # A line of 6 pixels (20 percent) along column 16, from row 8 to row 24.
+        assert mask_HW[8:24, 15:17].all()
+        assert not mask_HW[:, :12].any()
+        assert not mask_HW[:, 20:].any()
+        assert not mask_HW[:4].any()
+        result_HWC = shown(page)
+        inside = mask_HW > 0
+        np.testing.assert_array_equal(result_HWC[~inside], source_HWC[~inside])
+        assert np.abs(result_HWC[inside].astype(int) - source_HWC[inside]).mean() > 5
+        # A tap alone is a dot.
+        page.tap("#clear")
+        page.tap("#mask", position={"x": 40, "y": 40})
+        with page.expect_request("**/hipa/inpaint"):
+            page.tap("#make")
+        wait_for_image(page, PEAR)
+        dot_HW = pixels(form_parts(page)["mask"])[..., 0] > 0
+        assert 20 < dot_HW.sum() < 60
 
 
 def test_a_mask_is_erased_undone_cleared_and_restored(page: Any) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.images.example_source import example_image
 from hipa_deploy.serve.served import Models
 from hipa_deploy.serve.service import ImageService
 from hipa_deploy.serve.settings import Limits
@@ -83,7 +85,22 @@ def test_about_has_an_example_that_the_model_was_made_for(bundles: dict[str, Bun
     answer = get("/page/about", "emoji", str(bundles["tiny-edit"].root)).json()
     assert answer["prompts"]["emoji"] == {"example": "3d emoji of a red apple", "known": []}
     assert answer["prompts"]["tiny-edit"]["example"]
-    assert answer["limits"] == {"prompt": 4000, "body": 1 << 25, "pixels": 1 << 24}
+    assert answer["limits"] == {
+        "prompt": 4000,
+        "body": 1 << 25,
+        "pixels": 1 << 24,
+        "steps": {"min": 2, "max": 100},
+    }
+
+
+def test_about_has_the_hashes_that_images_carry(bundles: dict[str, Bundle]) -> None:
+    bundle = bundles["tiny-edit"]
+    models = get("/page/about", str(bundle.root)).json()["models"]
+    with OneStepPipeline.load(bundle.root, "onnxruntime") as pipe:
+        (parameters,) = pipe.edit(example_image(32, 32, number=3), "a green pear").parameters
+    assert models == {
+        "tiny-edit": {"bundle": parameters["bundle"], "unet": parameters["unet"]},
+    }
 
 
 def test_about_has_the_closed_set_of_a_bundle_without_a_text_encoder(
