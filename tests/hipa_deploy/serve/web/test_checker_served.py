@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 import httpx
+import numpy as np
 import openai
 import pytest
+from PIL import Image
 
 from hipa_deploy.bundle.folder import Bundle
+from hipa_deploy.images.example_source import example_image
 from tests.served import Server, running
 
 PROMPT = "a green pear"
@@ -48,11 +52,35 @@ def own(server: Server, count: int) -> httpx.Response:
     return httpx.post(f"{server.url}/hipa/generate", json=order, timeout=60)
 
 
-def test_an_image_of_two_is_withheld(strict: Server) -> None:
-    answer = own(strict, 2).json()
-    assert [image["seed"] for image in answer["images"]] == [5]
-    assert answer["withheld"] == [{"seed": 6, "reason": REASON}]
+def test_an_image_of_two_is_withheld(client: openai.OpenAI, strict: Server) -> None:
+    answer = client.images.generate(prompt=PROMPT, model="tiny", n=2, extra_body={"seed": 5})
+    assert isinstance(answer, openai.types.ImagesResponse)
+    assert [image.seed for image in answer.data] == [5]
+    assert answer.withheld == [{"seed": 6, "reason": REASON}]
     assert strict.wait_for("request", withheld=1)["status"] == 200
+    # The own routes say it in the same words.
+    theirs = own(strict, 2).json()
+    assert theirs["withheld"] == answer.withheld
+    assert [image["b64_json"] for image in theirs["images"]] == [answer.data[0].b64_json]
+
+
+def test_an_edited_image_of_two_is_withheld(client: openai.OpenAI) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.asarray(example_image(32, 32, number=3))).save(file, "PNG")
+    answer = client.images.edit(
+        image=("pear.png", file.getvalue()),
+        prompt=PROMPT,
+        model="tiny-edit",
+        n=2,
+        extra_body={"seed": 5},
+    )
+    assert [image.seed for image in answer.data] == [5]
+    assert answer.withheld == [{"seed": 6, "reason": REASON}]
+
+
+def test_nothing_is_withheld(client: openai.OpenAI, strict: Server) -> None:
+    answer = client.images.generate(prompt=PROMPT, model="tiny", extra_body={"seed": 5})
+    assert (len(answer.data), answer.withheld) == (1, [])
     assert own(strict, 1).json()["withheld"] == []
 
 
