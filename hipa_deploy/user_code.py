@@ -1,7 +1,7 @@
-"""Code that a file names as 'module:function'. It runs only where the caller has allowed it.
+"""Code that a file or an option names as 'module:function'. It runs only where that is allowed.
 
-A recipe may come from a stranger, and to import a module is to run it. So a name in a recipe is
-looked up only inside ``code_allowed``, which ``--allow-code`` opens.
+A recipe or a command line may come from a stranger, and to import a module is to run it. So a name
+is looked up only inside ``code_allowed``, which ``--allow-code`` opens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ALLOWED: ContextVar[bool] = ContextVar("code_allowed", default=False)
 
 @contextmanager
 def code_allowed(allowed: bool = True) -> Iterator[None]:
-    """Inside it, code that a recipe names may run.
+    """Inside it, code that a recipe or an option names may run.
 
     Args:
         allowed: False changes nothing, so that an option can be passed on as it is.
@@ -37,23 +37,28 @@ def code_allowed(allowed: bool = True) -> Iterator[None]:
         _ALLOWED.reset(token)
 
 
-def check_allowed(what: str, name: str) -> None:
+def check_allowed(what: str, name: str, *, named_by_recipe: bool = True) -> None:
     """Refuse a name of code, before any slow work, unless code is allowed.
 
     Args:
         what: what the code is, such as 'backbone'.
         name: 'module:function'; a name without a colon is none of code, and is not refused.
+        named_by_recipe: whether a recipe names it; otherwise an option does.
 
     Raises:
         HipaError: it is not allowed; the message says which module would run.
 
     """
-    if ":" in name and not _ALLOWED.get():
-        module = name.partition(":")[0]
-        raise HipaError(
-            f"{what} {name} runs code of the module {module}, which the recipe names. "
-            "If you trust both, pass --allow-code (in Python: with code_allowed())."
-        )
+    if ":" not in name or _ALLOWED.get():
+        return
+    module = name.partition(":")[0]
+    whose = (
+        ", which the recipe names. If you trust both" if named_by_recipe else ". If you trust it"
+    )
+    raise HipaError(
+        f"{what} {name} runs code of the module {module}{whose}, pass --allow-code "
+        "(in Python: with code_allowed())."
+    )
 
 
 def call_user_function(what: str, name: str) -> Any:

@@ -49,6 +49,21 @@ def bulk(
             "and the certificates.",
         ),
     ] = None,
+    checker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A function of yours that sees every image and may withhold it. Needs "
+            "--allow-code.",
+        ),
+    ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Let --checker run code. Its module is imported, so allow only what you trust.",
+        ),
+    ] = False,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -83,7 +98,9 @@ def bulk(
     from hipa_deploy.images.source import require_task
     from hipa_deploy.marks.content_credentials import ContentSigner
     from hipa_deploy.marks.marker import require_signer
+    from hipa_deploy.marks.own_checker import chosen_checker
     from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
+    from hipa_deploy.user_code import code_allowed
 
     root = resolve_bundle(bundle)
     opened = Bundle.open(root)
@@ -106,12 +123,15 @@ def bulk(
         shard_size=shard_size,
         truncate=truncate,
         signer=None if signer is None else signer.certificates_sha256,
+        checker=checker,
     )
+    # Only to find mistakes here: whoever makes the shards imports it.
+    chosen_checker(checker, allow_code)
     check_writable(out)
     if out.exists() and not out.is_dir():
         raise HipaError(f"{out} is no folder. Choose another name.")
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / ".lock", f"folder {out}"):
+    with code_allowed(allow_code), locked(out / ".lock", f"folder {out}"):
         begin(job, out)
         missing = missing_shards(job, out)
         typer.echo(f"{job.shards} shards, {len(missing)} to make")

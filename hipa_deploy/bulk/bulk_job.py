@@ -45,6 +45,7 @@ class BulkJob(Record):
         truncate: cut prompts that are too long, in place of listing them as failures.
         signer: SHA-256 of the certificates that sign the images; None for unsigned images, and in
             older records.
+        checker: 'module:function' that sees every image; None for none, and in older records.
 
     """
 
@@ -58,6 +59,7 @@ class BulkJob(Record):
     shard_size: int = Field(ge=1, le=MAX_SHARD)
     truncate: bool
     signer: str | None = None
+    checker: str | None = None
 
     @property
     def shards(self) -> int:
@@ -95,6 +97,7 @@ def new_job(
     shard_size: int = 1000,
     truncate: bool = False,
     signer: str | None = None,
+    checker: str | None = None,
 ) -> BulkJob:
     """Read what is to be made.
 
@@ -143,6 +146,7 @@ def new_job(
         shard_size=shard_size,
         truncate=truncate,
         signer=signer,
+        checker=checker,
     )
     # The number of rows and the hash must be those of one content.
     if file_marks(prompts) != marks:

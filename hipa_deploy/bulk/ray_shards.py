@@ -8,7 +8,9 @@ from typing import Any
 
 from hipa_deploy.bulk.bulk_job import BulkJob
 from hipa_deploy.bulk.shard_maker import ShardMaker, ShardReport
+from hipa_deploy.marks.own_checker import check_checker_name
 from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings
+from hipa_deploy.user_code import code_allowed
 
 
 class ShardActor:
@@ -18,9 +20,10 @@ class ShardActor:
         self, bundle: str, prompts: str, out: str, job: dict[str, Any], c2pa: str | None
     ) -> None:
         record = BulkJob.model_validate(job)
-        self._maker = ShardMaker(
-            Path(bundle), Path(prompts), Path(out), record, None if c2pa is None else Path(c2pa)
-        )
+        signer = None if c2pa is None else Path(c2pa)
+        # ``make_on_ray`` has asked, in another process.
+        with code_allowed():
+            self._maker = ShardMaker(Path(bundle), Path(prompts), Path(out), record, signer)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Make the shard ``row['item']``."""
@@ -51,7 +54,12 @@ def make_on_ray(
         settings: how many actors, and on what.
         c2pa: a file of key and certificates, under this path on every machine.
 
+    Raises:
+        HipaError: the job has a checker, and code is not allowed.
+
     """
+    if job.checker is not None:
+        check_checker_name(job.checker)
     import ray.data
 
     context = ray.data.DataContext.get_current()

@@ -33,6 +33,7 @@ from hipa_deploy.generate.prompt_files import MAX_CHARACTERS, one_line
 from hipa_deploy.images.source import require_task
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.marks.marker import encode_marked, require_signer
+from hipa_deploy.marks.own_checker import import_checker
 
 _AHEAD = 64  # rows whose jobs are in memory
 
@@ -67,7 +68,8 @@ class ShardMaker:
         c2pa: a file of key and certificates that signs the images; None signs nothing.
 
     Raises:
-        HipaError: another bundle, table or signer than the job's, or as ``OneStepPipeline.load``.
+        HipaError: another bundle, table or signer than the job's, a checker that cannot be imported
+            or is not allowed, or as ``OneStepPipeline.load``.
 
     Example:
         >>> maker = ShardMaker(root, Path("prompts.parquet"), Path("images"), job)
@@ -93,7 +95,8 @@ class ShardMaker:
         self._prompts = prompts
         self._out = out
         self._job = job
-        self._pipe = OneStepPipeline.load(bundle, job.backend)
+        checker = None if job.checker is None else import_checker(job.checker)
+        self._pipe = OneStepPipeline.load(bundle, job.backend, checker=checker)
         try:
             require_task(self._pipe.bundle, "generate")
             require_signer(self._pipe.bundle.manifest.marks, self._signer)

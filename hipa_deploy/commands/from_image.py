@@ -22,10 +22,12 @@ from hipa_deploy.commands.make_images import (
 )
 from hipa_deploy.commands.options import (
     AdaptorOption,
+    AllowCodeOption,
     BackendOption,
     BundleArgument,
     C2paOption,
     CacheOption,
+    CheckerOption,
     CountOption,
     FileFormat,
     ForceOption,
@@ -47,6 +49,7 @@ from hipa_deploy.commands.options import (
 if TYPE_CHECKING:
     from hipa_deploy.bundle.folder import Bundle
     from hipa_deploy.images.source import Source
+    from hipa_deploy.marks.safety import Checker
 
 ImageArgument = Annotated[
     Path, typer.Argument(help="The image file to start from: any size and format Pillow reads.")
@@ -80,6 +83,8 @@ def edit(
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
     c2pa: C2paOption = None,
+    checker: CheckerOption = None,
+    allow_code: AllowCodeOption = False,
     force: ForceOption = False,
 ) -> None:
     """Edit an image as a prompt says, in one step.
@@ -88,6 +93,7 @@ def edit(
     cropped at its centre and scaled to the bundle's size.
     """
     from hipa_deploy.images.source import edit_source
+    from hipa_deploy.marks.own_checker import chosen_checker
 
     paths = _outputs(
         bundle,
@@ -107,6 +113,7 @@ def edit(
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = edit_source(opened, image, strength=strength, height=height, width=width)
     check_image_size(files, opened, source, paths)
+    own_checker = chosen_checker(checker, allow_code)
     _generate_from(
         bundle,
         source,
@@ -123,6 +130,7 @@ def edit(
         cache=cache,
         low_memory=low_memory,
         files=files,
+        checker=own_checker,
         force=force,
     )
 
@@ -164,6 +172,8 @@ def inpaint(
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
     c2pa: C2paOption = None,
+    checker: CheckerOption = None,
+    allow_code: AllowCodeOption = False,
     force: ForceOption = False,
 ) -> None:
     """Repaint a part of an image as a prompt says, in one step.
@@ -173,6 +183,7 @@ def inpaint(
     kept exactly.
     """
     from hipa_deploy.images.source import inpaint_source
+    from hipa_deploy.marks.own_checker import chosen_checker
 
     paths = _outputs(
         bundle,
@@ -194,6 +205,7 @@ def inpaint(
         opened, image, mask, feather=feather, match=match, height=height, width=width
     )
     check_image_size(files, opened, source, paths)
+    own_checker = chosen_checker(checker, allow_code)
     _generate_from(
         bundle,
         source,
@@ -210,6 +222,7 @@ def inpaint(
         cache=cache,
         low_memory=low_memory,
         files=files,
+        checker=own_checker,
         force=force,
     )
 
@@ -243,6 +256,8 @@ def control(
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
     c2pa: C2paOption = None,
+    checker: CheckerOption = None,
+    allow_code: AllowCodeOption = False,
     force: ForceOption = False,
 ) -> None:
     """Make an image that follows a control image, in one step.
@@ -251,6 +266,7 @@ def control(
     image is cropped at its centre and scaled to the bundle's size, and is not changed otherwise.
     """
     from hipa_deploy.images.source import control_source
+    from hipa_deploy.marks.own_checker import chosen_checker
 
     paths = _outputs(
         bundle,
@@ -270,6 +286,7 @@ def control(
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     source = control_source(opened, image, scale=scale, height=height, width=width)
     check_image_size(files, opened, source, paths)
+    own_checker = chosen_checker(checker, allow_code)
     _generate_from(
         bundle,
         source,
@@ -286,6 +303,7 @@ def control(
         cache=cache,
         low_memory=low_memory,
         files=files,
+        checker=own_checker,
         force=force,
     )
 
@@ -313,6 +331,8 @@ def upscale(
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
     c2pa: C2paOption = None,
+    checker: CheckerOption = None,
+    allow_code: AllowCodeOption = False,
     force: ForceOption = False,
 ) -> None:
     """Enlarge an image by the factor that the bundle is for, in one step a tile.
@@ -322,6 +342,7 @@ def upscale(
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.generate.request import check_request
     from hipa_deploy.images.source import upscaling
+    from hipa_deploy.marks.own_checker import chosen_checker
 
     # Before engines are loaded: a mistake in the image or the overlap is reported at once.
     inputs = [image, resolve_bundle(bundle)]
@@ -340,9 +361,17 @@ def upscale(
     files = file_settings(opened, paths, quality=quality, watermark=watermark, c2pa=c2pa)
     enlargement = upscaling(opened, image, overlap=overlap)
     check_image_size(files, opened, enlargement, paths)
+    own_checker = chosen_checker(checker, allow_code)
 
     with load_pipeline(
-        bundle, backend, adaptor, low_memory, watermark, verify=verify, cache=cache
+        bundle,
+        backend,
+        adaptor,
+        low_memory,
+        watermark,
+        verify=verify,
+        cache=cache,
+        checker=own_checker,
     ) as pipe:
         with console.status("enlarging"):
             result = pipe.upscale(
@@ -431,6 +460,7 @@ def _generate_from(
     cache: bool,
     low_memory: bool,
     files: FileSettings,
+    checker: Checker | None,
     force: bool,
 ) -> None:
     """Make every image from ``source`` and write it."""
@@ -451,4 +481,5 @@ def _generate_from(
         verify=verify,
         cache=cache,
         files=files,
+        checker=checker,
     )

@@ -11,9 +11,11 @@ from hipa_deploy.commands.files.file_settings import check_image_size, file_sett
 from hipa_deploy.commands.make_images import image_outputs, make_images
 from hipa_deploy.commands.options import (
     AdaptorOption,
+    AllowCodeOption,
     BackendOption,
     C2paOption,
     CacheOption,
+    CheckerOption,
     CountOption,
     ForceOption,
     FormatOption,
@@ -74,6 +76,8 @@ def generate(
     quality: QualityOption = None,
     watermark: WatermarkOption = None,
     c2pa: C2paOption = None,
+    checker: CheckerOption = None,
+    allow_code: AllowCodeOption = False,
     refine: Annotated[
         str | None,
         typer.Option(
@@ -102,6 +106,7 @@ def generate(
     from hipa_deploy.embedded import resolve_bundle
     from hipa_deploy.generate.request import check_count, check_request
     from hipa_deploy.images.source import require_task
+    from hipa_deploy.marks.own_checker import chosen_checker
 
     recipe = None
     choices: dict[str, Any] = {
@@ -162,6 +167,7 @@ def generate(
     step = opened.manifest.one_step
     check_image_size(files, opened, (size[0] or step.height, size[1] or step.width), paths)
     settings = _refine_settings(opened, backend, adaptor, refine, guidance, recipe)
+    own_checker = chosen_checker(checker, allow_code)
 
     make_images(
         bundle,
@@ -177,6 +183,7 @@ def generate(
         files=files,
         watch=None if recipe is None else lambda image_HWC: _say(recipe.compare(image_HWC)),
         refine=settings,
+        checker=own_checker,
         **choices,
     )
 
@@ -201,8 +208,8 @@ def _read_again(
     if prompts or watermark is not None or not others_are_default:
         raise HipaError(
             "--again takes the prompt, the seed and everything else from the image. Leave out the "
-            "prompt and the options but --adaptor, --backend, --out, --format, --quality, --c2pa "
-            "and --force."
+            "prompt and the options but --adaptor, --backend, --out, --format, --quality, --c2pa, "
+            "--checker, --allow-code and --force."
         )
     recipe = Recipe.read(again)
     recorded = recipe.parameters

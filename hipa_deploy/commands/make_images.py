@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hipa_deploy.generate.jobs.withheld import Flagged
     from hipa_deploy.generate.pipeline import GenerateResult, OneStepPipeline
     from hipa_deploy.generate.refine.refiner import Progress
+    from hipa_deploy.marks.safety import Checker
 
 _LARGE_BUNDLE = 500_000_000  # bytes; that of SD 1.5 in FP16 has 2 GB
 
@@ -156,6 +157,7 @@ def make_images(
     files: FileSettings = FileSettings(),
     watch: Callable[[np.ndarray], None] | None = None,
     refine: RefineSettings | None = None,
+    checker: Checker | None = None,
     **choices: Any,
 ) -> None:
     """Load a bundle, make an image for each prompt and seed, write each as soon as it is made.
@@ -175,6 +177,7 @@ def make_images(
         files: how the files are written and marked.
         watch: is shown every image, once its file is written.
         refine: how the base model makes the images, in many steps; None is the one step.
+        checker: the user's function that sees every image.
         choices: what else ``OneStepPipeline.stream`` takes: ``source``, ``seed``, ``count``, …
 
     Raises:
@@ -193,6 +196,7 @@ def make_images(
             verify=verify,
             cache=cache,
             refine=refine is not None,
+            checker=checker,
         ) as pipe,
         _refining(refine is not None) as progress,
     ):
@@ -219,6 +223,7 @@ def load_pipeline(
     verify: bool = False,
     cache: bool = True,
     refine: bool = False,
+    checker: Checker | None = None,
 ) -> OneStepPipeline:
     """Load a bundle with an adaptor, and say in one line how the stages share little memory.
 
@@ -238,6 +243,7 @@ def load_pipeline(
             watermark=watermark,
             verify=verify,
             cache=cache,
+            checker=checker,
         )
     try:
         if low_memory:

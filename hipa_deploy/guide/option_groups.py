@@ -73,7 +73,7 @@ _GROUPS = {
         *("--instances", "--join", "--no-join"),
     ),
     "Marks": ("--mark", "--watermark", "--c2pa"),
-    "Safety": ("--allow-code",),
+    "Safety": ("--checker", "--allow-code"),
     HELP_GROUP: ("--help", "--version"),
 }
 

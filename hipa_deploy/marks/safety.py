@@ -19,12 +19,17 @@ import numpy as np
 from PIL import Image
 
 from hipa_deploy.errors import HipaError, first_line
+from hipa_deploy.interrupts import raise_interruption
 from hipa_deploy.marks.records import SafetySettings
 
 SAFETY_STAGE = "safety_checker"
 ADJUSTMENT = 0.01  # of every threshold, where a special-care concept is near
 Checker = Callable[[np.ndarray], Sequence[bool | str]]
 """Takes images uint8 [B, H, W, 3]; gives for each False, True, or why it is flagged."""
+
+
+class CheckerError(HipaError):
+    """A checker failed, so no image is shown. No prompt is at fault."""
 
 
 class Network(Protocol):
@@ -126,7 +131,7 @@ class SafetyChecker:
     def _verdict(self, cosines_N: np.ndarray) -> bool | str:
         # A comparison with NaN is false: it would let every image pass.
         if not np.isfinite(cosines_N).all():
-            raise HipaError(
+            raise CheckerError(
                 "the safety checker gave NaN or infinity, so no image is shown. "
                 "Export the bundle with --dtype fp32."
             )
@@ -141,20 +146,23 @@ def ask_checker(checker: Checker, images_BHWC: np.ndarray) -> list[str | None]:
     """Ask a checker; the reason for each image that it flags, None for the others.
 
     Raises:
-        HipaError: the checker fails, or gives not one answer for each image. Nothing is shown then.
+        CheckerError: the checker fails, or gives not one answer for each image. Nothing is shown
+            then.
 
     """
     try:
         answers = list(checker(images_BHWC))
-    except HipaError:
+    except (HipaError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        raise HipaError(
+    except BaseException as error:
+        # SystemExit would end a command as if all were well.
+        raise_interruption()
+        raise CheckerError(
             f"the checker of images failed ({first_line(error)}), so no image is shown. "
             "Mend the function that was given as checker."
         ) from error
     if len(answers) != len(images_BHWC):
-        raise HipaError(
+        raise CheckerError(
             f"the checker of images gave {len(answers)} answers for {len(images_BHWC)} images. "
             "Expected one for each: False, True, or a reason."
         )

@@ -17,6 +17,7 @@ from hipa_deploy.generate.jobs.batch_sizes import WarmUp
 from hipa_deploy.generate.open_stages import has_engine
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.generate.runner import check_backend
+from hipa_deploy.marks.safety import Checker
 from hipa_deploy.serve.batcher import TRY_SECONDS, Batcher
 from hipa_deploy.serve.serve_metrics import ServeMetrics
 from hipa_deploy.serve.settings import Limits
@@ -55,14 +56,27 @@ class ServedBundle:
         self.swap_problem: str | None = None
         self._elsewhere = False
 
-    def load(self, backend: str, limits: Limits, metrics: ServeMetrics) -> None:
+    def load(
+        self,
+        backend: str,
+        limits: Limits,
+        metrics: ServeMetrics,
+        checker: Checker | None = None,
+    ) -> None:
         """Load the pipeline, make the first images, and start the queue.
+
+        Args:
+            backend: what runs it.
+            limits: of the service.
+            metrics: of the service.
+            checker: the owner's function that sees every image, as ``OneStepPipeline.load`` takes
+                it.
 
         Raises:
             HipaError: as ``OneStepPipeline.load`` and ``warmup``.
 
         """
-        pipe = OneStepPipeline.load(self.bundle.root, backend)
+        pipe = OneStepPipeline.load(self.bundle.root, backend, checker=checker)
         try:
             if self.adaptors:
                 self.swap_problem = _swap_problem(pipe)

@@ -32,7 +32,8 @@ from hipa_deploy.images.source import (
 )
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.marks.marker import encode_marked, require_signer
-from hipa_deploy.serve.batcher import Batcher, Work
+from hipa_deploy.marks.safety import Checker, CheckerError
+from hipa_deploy.serve.batcher import BackendFailedError, Batcher, Work
 from hipa_deploy.serve.file_wait import FileWait
 from hipa_deploy.serve.image_files import BEST, Format, mask_of_alpha, open_upload
 from hipa_deploy.serve.serve_metrics import ServeMetrics
@@ -146,18 +147,31 @@ class ImageService:
         models: what is served.
         limits: what is allowed.
         signer: signs a C2PA manifest into every file; None signs nothing.
+        checker: a function of yours that sees every image of every model, beside a bundle's own
+            safety checker; as ``OneStepPipeline.load`` takes it. Several threads may call it at
+            once.
 
     Raises:
         HipaError: the owner of a bundle wants signed images, and there is no signer.
 
+    Example:
+        >>> service = ImageService(Models(["emoji"]), Limits(), checker=too_dark)
+
     """
 
-    def __init__(self, models: Models, limits: Limits, signer: ContentSigner | None = None) -> None:
+    def __init__(
+        self,
+        models: Models,
+        limits: Limits,
+        signer: ContentSigner | None = None,
+        checker: Checker | None = None,
+    ) -> None:
         for served in models.served:
             require_signer(served.bundle.manifest.marks, signer)
         self.models = models
         self.limits = limits
         self.signer = signer
+        self.checker = checker
         self.metrics = ServeMetrics()
         self.stopping = False
         self.metrics.ready.set_function(lambda: self.ready)
@@ -176,7 +190,7 @@ class ImageService:
         """
         for served in self.models.served:
             if not self.stopping:
-                served.load(backend, self.limits, self.metrics)
+                served.load(backend, self.limits, self.metrics, self.checker)
 
     @property
     def ready(self) -> bool:
@@ -219,7 +233,7 @@ class ImageService:
         Raises:
             HipaError: something is wrong with the order.
             NotFiniteError: a network gave NaN or infinity.
-            BackendFailedError: a backend or an adaptor failed.
+            BackendFailedError: a backend, an adaptor or a checker failed.
             NotReadyError: the bundles are loading.
             QueueFullError: too many images wait.
             StoppingError: the service is stopping.
@@ -409,11 +423,19 @@ def _encoded(
     order: Order,
     signer: ContentSigner | None,
 ) -> _Files:
-    """Finish the images of an order, let the checkers see them, mark and encode them."""
+    """Finish the images of an order, let the checkers see them, mark and encode them.
+
+    Raises:
+        BackendFailedError: a checker failed, which is not the order's fault.
+
+    """
     begun = time.perf_counter()
     result = finished_result(made) if merge is None else merge_tiles(merge, made)
     height, width = result.images_BHWC.shape[1:3]
-    shown = pipe.guard(result)
+    try:
+        shown = pipe.guard(result)
+    except CheckerError as error:
+        raise BackendFailedError(str(error)) from error
 
     # OpenAI's scale has a 0, files do not. A WebP of the best quality is lossless: None.
     quality = max(1, order.quality)

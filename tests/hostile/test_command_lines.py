@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, list[str]]]] = {
             "--out": PATHS, "--seed": NUMBERS, "--count": NUMBERS[:4] + NUMBERS[9:],
             "--height": NUMBERS, "--width": NUMBERS, "--adaptor": PATHS, "--backend": WORDS,
             "--truncate": [], "--prompt-weights": [], "--force": [],
+            "--checker": WORDS + PATHS,
         },
     ),
     "edit": (

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 from hipa_deploy.disk.reading import MIB
 from hipa_deploy.extras import require
 from hipa_deploy.marks.content_credentials import ContentSigner
+from hipa_deploy.marks.own_checker import chosen_checker
 from hipa_deploy.serve.cluster.cluster_service import ClusterService, Replicas
 from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
 from hipa_deploy.serve.cluster.ray_replicas import RayReplicas, bundle_deployment
@@ -31,6 +32,7 @@ from hipa_deploy.serve.web.api_keys import read_keys
 from hipa_deploy.serve.web.guard import check_names
 from hipa_deploy.serve.web.request_log import set_up_logs
 from hipa_deploy.serve.web.web_app import web_app
+from hipa_deploy.user_code import code_allowed
 
 
 class Arguments(BaseModel):
@@ -50,6 +52,8 @@ class Arguments(BaseModel):
         allow_host: names under which the service may be called.
         allow_origin: sites whose pages may use it.
         c2pa: a file of key and certificates on every machine, to sign the images with.
+        checker: 'module:function' that sees every image; every machine must have the module.
+        allow_code: whether the checker's module may be imported.
         batch: the most images of a batch.
         wait: milliseconds that a busy replica waits for company.
         queue: images that may wait at a replica.
@@ -78,6 +82,8 @@ class Arguments(BaseModel):
     allow_host: list[str] = []
     allow_origin: list[str] = []
     c2pa: str | None = None
+    checker: str | None = None
+    allow_code: bool = False
     batch: int | None = None
     wait: float = 4.0
     queue: int = 64
@@ -166,8 +172,8 @@ def application(args: Mapping[str, Any]) -> Application:
         args: the fields of ``Arguments``.
 
     Raises:
-        HipaError: no bundle, an unknown backend, a number out of range, or a host or an origin that
-            no request can have.
+        HipaError: no bundle, an unknown backend, a number out of range, a host or an origin that
+            no request can have, or a checker that cannot be imported or is not allowed.
 
     """
     require("serve", "ray")
@@ -179,10 +185,14 @@ def application(args: Mapping[str, Any]) -> Application:
     limits = arguments.limits()
     models = check_start(arguments.bundles, arguments.backend)
     c2pa = Path(arguments.c2pa) if arguments.c2pa else None
+    # Only to find mistakes here: each replica imports it anew.
+    chosen_checker(arguments.checker, arguments.allow_code)
     replicas = {}
-    for number, served in enumerate(models.served):
-        name = f"bundle_{number}"
-        replicas[name] = bundle_deployment(served, arguments.backend, limits, settings, c2pa)
+    with code_allowed(arguments.allow_code):
+        for number, served in enumerate(models.served):
+            replicas[f"bundle_{number}"] = bundle_deployment(
+                served, arguments.backend, limits, settings, c2pa, arguments.checker
+            )
     door: Any = serve.deployment(
         Door,
         name="hipa-door",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hipa_deploy.bundle.manifest import Axis
 from hipa_deploy.errors import HipaError
 from hipa_deploy.interrupts import keeping_handlers
+from hipa_deploy.marks.own_checker import check_checker_name
 from hipa_deploy.serve.batcher import QueueFullError
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal
 from hipa_deploy.serve.cluster.cluster_service import ReplicaLostError, Replicas
@@ -38,6 +39,7 @@ def bundle_deployment(
     limits: Limits,
     settings: ClusterSettings,
     c2pa: Path | None = None,
+    checker: str | None = None,
 ) -> Application:
     """The deployment of one bundle, to be run or to be bound into an application.
 
@@ -50,8 +52,15 @@ def bundle_deployment(
         limits: of each replica.
         settings: how many replicas, and on what.
         c2pa: a file of key and certificates, under this path on every machine.
+        checker: 'module:function' that sees every image; every machine must have the module.
+
+    Raises:
+        HipaError: a checker, and code is not allowed.
 
     """
+    if checker is not None:
+        # A replica does not ask again: it runs in another process.
+        check_checker_name(checker)
     from ray import serve
 
     one = served.bundle.manifest.batch
@@ -81,7 +90,7 @@ def bundle_deployment(
     root = str(served.bundle.root.resolve())
     known = fingerprint(served.bundle.root, served.adaptors)
     key = None if c2pa is None else str(c2pa.resolve())
-    bound: Application = deployment.bind(served.name, root, known, backend, limits, key)
+    bound: Application = deployment.bind(served.name, root, known, backend, limits, key, checker)
     return bound
 
 
@@ -173,8 +182,17 @@ def start_replicas(
     limits: Limits,
     settings: ClusterSettings,
     c2pa: Path | None = None,
+    checker: str | None = None,
 ) -> Mapping[str, Replicas]:
     """Start the replicas of every bundle on the cluster that ``join_ray`` has joined.
+
+    Args:
+        models: what is served.
+        backend: not 'auto'.
+        limits: of each replica.
+        settings: how many replicas, and on what.
+        c2pa: as ``bundle_deployment`` takes it.
+        checker: as ``bundle_deployment`` takes it.
 
     Returns:
         The replicas by the bundle's name, each with at least one that has made its first image.
@@ -192,7 +210,7 @@ def start_replicas(
     try:
         for served in models.served:
             app = f"hipa-{served.name}"
-            deployment = bundle_deployment(served, backend, limits, settings, c2pa)
+            deployment = bundle_deployment(served, backend, limits, settings, c2pa, checker)
             handle = serve.run(deployment, name=app, route_prefix=None)
             started[served.name] = RayReplicas(handle, app)
     except RuntimeError as error:

@@ -16,6 +16,7 @@ from hipa_deploy.bundle.folder import MANIFEST
 from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.marks.content_credentials import ContentSigner
+from hipa_deploy.marks.own_checker import chosen_checker
 from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal
 from hipa_deploy.serve.served import Models
@@ -43,9 +44,12 @@ class Replica:
         backend: that runs the bundle; 'auto' could differ from machine to machine, and is refused.
         limits: of this replica.
         c2pa: the file of key and certificates on this machine that signs the images.
+        checker: 'module:function' that sees every image. It is imported here: whoever makes a
+            replica has allowed it.
 
     Raises:
-        HipaError: another bundle, 'auto', or as ``ImageService.load``.
+        HipaError: another bundle, 'auto', a checker that cannot be imported, or as
+            ``ImageService.load``.
 
     Example:
         >>> replica = Replica("emoji", root, fingerprint(root, ()), "onnxruntime", Limits())
@@ -61,6 +65,7 @@ class Replica:
         backend: str,
         limits: Limits,
         c2pa: str | None = None,
+        checker: str | None = None,
     ) -> None:
         if backend == "auto":
             raise HipaError("a replica's backend is auto. Expected the name of one.")
@@ -72,7 +77,8 @@ class Replica:
                 "Copy the same folder to every machine, or use a shared disk."
             )
         signer = None if c2pa is None else ContentSigner.read(Path(c2pa))
-        self._service = ImageService(models, limits, signer)
+        own = chosen_checker(checker, allow_code=True)
+        self._service = ImageService(models, limits, signer, own)
         try:
             self._service.load(backend)
         except BaseException:

@@ -94,6 +94,21 @@ def serve(
             "and the certificates.",
         ),
     ] = None,
+    checker: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="A function of yours that sees every image and may withhold it. Needs "
+            "--allow-code.",
+        ),
+    ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code",
+            help="Let --checker run code. Its module is imported, so allow only what you trust.",
+        ),
+    ] = False,
     log_prompts: Annotated[
         bool, typer.Option("--log-prompts", help="Write prompts to the log too.")
     ] = False,
@@ -143,6 +158,7 @@ def serve(
         require("ray")
     from hipa_deploy.disk.reading import MIB
     from hipa_deploy.marks.content_credentials import ContentSigner
+    from hipa_deploy.marks.own_checker import chosen_checker
     from hipa_deploy.serve.cluster.cluster_settings import ClusterSettings, replicas_from
     from hipa_deploy.serve.process.server import check_address, run_server
     from hipa_deploy.serve.served import check_start
@@ -183,12 +199,16 @@ def serve(
     )
     keys = read_keys(api_keys)
     signer = None if c2pa is None else ContentSigner.read(c2pa)
+    # With --ray too, where each replica imports it anew: a mistake is said before the cluster.
+    own_checker = chosen_checker(checker, allow_code)
     if ray is None:
-        service = ImageService(models, limits, signer)
+        service = ImageService(models, limits, signer, own_checker)
     else:
         # Before the cluster, which takes a while to start.
         check_address(host, port)
-        service = _cluster_service(models, limits, signer, c2pa, settings, backend, ray)
+        service = _cluster_service(
+            models, limits, signer, c2pa, settings, backend, ray, checker, allow_code
+        )
     run_server(
         service,
         backend,
@@ -209,15 +229,20 @@ def _cluster_service(
     settings: ClusterSettings,
     backend: str,
     address: str,
+    checker: str | None,
+    allow_code: bool,
 ) -> ImageService:
     """A service whose replicas run on a Ray cluster; the cluster is joined when it is loaded."""
     from hipa_deploy.serve.cluster.cluster_service import ClusterService
     from hipa_deploy.serve.cluster.ray_replicas import join_ray, start_replicas
+    from hipa_deploy.user_code import code_allowed
 
     settings.check_backend(backend)
 
     def start(models: Models, backend: str, limits: Limits) -> Mapping[str, Replicas]:
-        return start_replicas(models, backend, limits, settings, c2pa)
+        # Here, because it is called when the service is loaded.
+        with code_allowed(allow_code):
+            return start_replicas(models, backend, limits, settings, c2pa, checker)
 
     service = ClusterService(models, limits, start, signer)
     # Here and not in the thread that loads: Ray sets handlers of signals.

@@ -275,3 +275,8 @@ async def deliver(service: ImageService, request: Request, order: Order) -> Deli
         "batches": delivery.batches[:20],
     }
     return delivery
+
+
+def withheld_images(delivery: Delivery) -> list[dict[str, Any]]:
+    """The images of an order that a safety checker withheld, with seed and reason."""
+    return [{"seed": one.seed, "reason": one.reason} for one in delivery.flagged]

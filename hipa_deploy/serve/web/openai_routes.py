@@ -24,6 +24,7 @@ from hipa_deploy.serve.web.answering import (
     deliver,
     seeds_from,
     size_of,
+    withheld_images,
 )
 from hipa_deploy.serve.web.api_errors import ApiError
 from hipa_deploy.serve.web.request_body import Form, json_fields
@@ -156,6 +157,7 @@ async def _answer(
     return {
         "created": int(time.time()),
         "data": _images(delivery),
+        "withheld": withheld_images(delivery),
         "background": "opaque",
         "output_format": fields.output_format,
         "size": f"{delivery.width}x{delivery.height}",
@@ -165,7 +167,7 @@ async def _answer(
 def _images(delivery: Delivery) -> list[dict[str, Any]]:
     """Each image as base64, with the seed that makes it again: an addition of this service.
 
-    Images that a safety checker withheld are missing, so there may be fewer than were asked for.
+    Images that a safety checker withheld are missing: the field ``withheld`` has them.
     """
     images = []
     for file, parameters in zip(delivery.files, delivery.parameters, strict=True):

@@ -23,6 +23,7 @@ from hipa_deploy.serve.web.answering import (
     chosen_model,
     deliver,
     seeds_from,
+    withheld_images,
 )
 from hipa_deploy.serve.web.api_errors import ApiError, error_response
 from hipa_deploy.serve.web.openai_routes import form_schema, json_schema
@@ -230,7 +231,7 @@ def _described_delivery(
         "height": delivery.height,
         "output_format": order.format,
         "images": images,
-        "withheld": [{"seed": one.seed, "reason": one.reason} for one in delivery.flagged],
+        "withheld": withheld_images(delivery),
         **times,
         "batches": delivery.batches,
     }

@@ -129,6 +129,43 @@ def test_shards_hold_the_images_of_the_pipeline_and_are_made_once(
     assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
 
 
+def test_a_checker_of_ones_own(
+    bundles: dict[str, Bundle],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = "def some(images):\n    return ['odd' if x.sum() % 2 else False for x in images]\n"
+    (tmp_path / "checker_of_bulk.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    root = bundles["tiny"].root
+    texts = [f"{letter} boat" for letter in "abcdefgh"]
+    prompts = write_prompts(tmp_path / "p.parquet", texts)
+    with OneStepPipeline.load(root, "onnxruntime") as pipe:
+        images = [pipe(text, seed=row).images_BHWC[0] for row, text in enumerate(texts)]
+    odd = [row for row, image_HWC in enumerate(images) if image_HWC.sum() % 2]
+    assert 0 < len(odd) < len(texts)
+
+    arguments = (root, prompts, "--out", tmp_path / "out", "--shard-size", 8)
+    checker = ("--checker", "checker_of_bulk:some")
+    assert run(*arguments, *checker) == 1
+    assert "pass --allow-code" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(*arguments, *checker, "--allow-code") == 0
+    lines = (tmp_path / "out/shard-000000.failures.jsonl").read_text(encoding="utf-8")
+    failures = [json.loads(line) for line in lines.splitlines()]
+    assert [failure["row"] for failure in failures] == odd
+    assert {failure["error"] for failure in failures} == {"withheld: flagged by odd"}
+
+    # The images of one folder have all been seen by the same checker.
+    capsys.readouterr()
+    assert run(*arguments) == 1
+    assert "checker was checker_of_bulk:some, now it is None" in capsys.readouterr().err
+    job = BulkJob.model_validate_json((tmp_path / "out/job.json").read_text(encoding="utf-8"))
+    with pytest.raises(HipaError, match="--allow-code"):
+        ShardMaker(root, prompts, tmp_path / "out", job)
+
+
 def test_a_table_without_one_image_is_an_error(
     bundles: dict[str, Bundle], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

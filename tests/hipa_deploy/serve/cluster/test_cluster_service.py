@@ -104,6 +104,37 @@ def test_the_bytes_are_the_single_machines(bundles: dict[str, Bundle]) -> None:
     alone.close()
 
 
+def test_a_replica_imports_the_checker_by_its_name(
+    bundles: dict[str, Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever makes a replica has allowed it: the answer of the user is not asked for again."""
+    source = "def second(images):\n    return [n == 1 for n in range(len(images))]\n"
+    (tmp_path / "checker_of_a_replica.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    bundle = bundles["tiny"]
+    served = Models([f"m={bundle.root}"]).served[0]
+    known = fingerprint(bundle.root, served.adaptors)
+    given = ("m", str(bundle.root), known, "onnxruntime", LIMITS)
+    here = Here(Replica(*given, checker="checker_of_a_replica:second"))
+    service = ClusterService(Models([f"m={bundle.root}"]), LIMITS, lambda *_: {"m": here})
+    service.load("onnxruntime")
+    made = deliver(service, seeds=range(3, 6))
+    assert [facts["seed"] for facts in made.parameters] == [3, 5]
+    assert [(one.seed, one.reason) for one in made.flagged] == [(4, "the checker that was given")]
+    service.close()
+    with pytest.raises(HipaError, match="cannot be imported"):
+        Replica(*given, checker="checker_of_a_replica:third")
+
+
+def test_replicas_get_no_checker_that_is_not_allowed(bundles: dict[str, Bundle]) -> None:
+    pytest.importorskip("ray")
+    served = Models([f"m={bundles['tiny'].root}"]).served[0]
+    with pytest.raises(HipaError, match="--allow-code"):
+        ray_replicas.bundle_deployment(
+            served, "onnxruntime", LIMITS, ClusterSettings(), checker="os:abort"
+        )
+
+
 def test_uploaded_images_travel(bundles: dict[str, Bundle]) -> None:
     bundle = bundles["tiny-inpaint"]
     step = bundle.manifest.one_step

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from hipa_deploy.disk.reading import MIB
+from hipa_deploy.errors import HipaError
 from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.marks.marker import encode_marked
 from hipa_deploy.serve.process.command import serve
@@ -133,6 +134,39 @@ def test_limits_and_signals_are_those_of_the_single_machine(tmp_path: Path) -> N
         assert time.monotonic() - began < 1
         assert server.stop() == 143
         assert "hipa: stopped\n" in server.other
+
+
+def test_replicas_have_the_checker_of_the_service(tmp_path: Path) -> None:
+    source = "def second(images):\n    return [n == 1 for n in range(len(images))]\n"
+    (tmp_path / "checker_on_ray.py").write_text(source, encoding="utf-8")
+    checker = ("--checker", "checker_on_ray:second", "--allow-code")
+    options = ("--backend", "onnxruntime", "--ray", "local", "--replica-cpus", "0.1")
+    environment = {**RAY, "PYTHONPATH": _path_with(tmp_path)}
+    with running("emoji", *options, *checker, **environment) as server:
+        order = {"model": "emoji", "prompt": PROMPT, "n": 3, "seed": 5}
+        answer = httpx.post(f"{server.url}/v1/images/generations", json=order, timeout=60).json()
+    assert [made["seed"] for made in answer["data"]] == [5, 7]
+    assert answer["withheld"] == [{"seed": 6, "reason": "the checker that was given"}]
+
+
+def _path_with(folder: Path) -> str:
+    """Python's path for a process, with one more folder."""
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def test_an_application_has_a_checker_only_where_code_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hipa_deploy.serve.cluster.application import application
+
+    (tmp_path / "checker_of_app.py").write_text("def f(images):\n    return []\n", "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = {"bundles": "emoji", "checker": "checker_of_app:f"}
+    with pytest.raises(HipaError, match="--allow-code"):
+        application(arguments)
+    application({**arguments, "allow_code": "true"})
+    with pytest.raises(HipaError, match="cannot be imported"):
+        application({**arguments, "checker": "checker_of_app:g", "allow_code": "true"})
 
 
 def test_the_application_takes_every_limit_of_the_command() -> None:
