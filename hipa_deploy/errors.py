@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 
@@ -15,6 +15,48 @@ class HipaError(Exception):
     The message is one line and says what is wrong, what was got, what was expected and what to do.
     The commands print it without a traceback.
     """
+
+
+class RequestError(HipaError):
+    """A value of a request is at fault, and nothing else: with another one it would be answered.
+
+    Its message is that of every ``HipaError``: it may name options and keywords. Whoever asks a
+    service has neither, so that a service tells ``told`` in its place, and then ``owner`` as what
+    only another person can do.
+
+    Args:
+        message: for the command line and the Python API.
+        argument: the one of the Python API that is at fault, such as 'prompt'.
+        code: for programs: one of the codes of docs/reference/http.md.
+        told: what is wrong, what was expected and what to do, without options and keywords; None:
+            the message is without them.
+        owner: what the model's owner could do, as it follows 'The owner of the model can'.
+
+    Example:
+        >>> raise RequestError(
+        ...     "height 64 is not a size of this bundle. Export with --dynamic for more.",
+        ...     argument="height",
+        ...     told="height 64 is not a size of this model. Expected 128.",
+        ...     owner="export it for other sizes",
+        ... )
+
+    """
+
+    # Every argument but the message has a default, as copies and pickles make it of the message.
+    def __init__(
+        self,
+        message: str,
+        *,
+        argument: str | None = None,
+        code: str = "invalid_value",
+        told: str | None = None,
+        owner: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.argument = argument
+        self.code = code
+        self.told = message if told is None else told
+        self.owner = owner
 
 
 class StoppedError(HipaError):
@@ -68,12 +110,19 @@ def last_line(error: BaseException) -> str:
 
 
 @contextmanager
-def as_line(problem: str, remedy: str) -> Iterator[None]:
+def as_line(
+    problem: str, remedy: str, kind: Callable[[str], HipaError] = HipaError
+) -> Iterator[None]:
     """Turn whatever a library raises in this block into a HipaError: problem, reason, remedy.
 
     Panics of libraries in Rust are no ``Exception``, an ``EOFError`` would look like Ctrl-D, and a
     library's ``SystemExit(0)`` like success: so everything is caught but a HipaError and Ctrl-C,
     which stays Ctrl-C even if the library made another error of it.
+
+    Args:
+        problem: what cannot be done.
+        remedy: what to do.
+        kind: makes the error of its message; want of memory is always a ``HipaError``.
 
     Raises:
         HipaError: in place of any other error.
@@ -95,7 +144,7 @@ def as_line(problem: str, remedy: str) -> Iterator[None]:
     except BaseException as error:
         raise_interruption()
         reason = first_line(error).rstrip(".")
-        raise HipaError(f"{problem}: {reason}. {remedy}") from None
+        raise kind(f"{problem}: {reason}. {remedy}") from None
 
 
 # What torch says where a GPU or a CPU has too little memory; its errors are RuntimeErrors.

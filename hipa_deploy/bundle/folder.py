@@ -28,7 +28,7 @@ from hipa_deploy.disk.reading import (
 )
 from hipa_deploy.disk.remembered import RememberedHashes, VerifiedFiles, file_marks
 from hipa_deploy.embedded import resolve_bundle
-from hipa_deploy.errors import HipaError, first_line, reason_of, whole_number
+from hipa_deploy.errors import HipaError, RequestError, first_line, reason_of, whole_number
 
 SCHEMA = 1
 MANIFEST = "hipa.json"
@@ -274,5 +274,11 @@ def _check_size(bundle: Bundle, name: str, size: int, own: int) -> None:
     axis = bundle.axes.get(name)
     if size == own if axis is None else size in axis:
         return
-    expected = f"{own}; export with --dynamic for more" if axis is None else str(axis)
-    raise HipaError(f"{name} {size} is not a size of this bundle. Expected {expected}.")
+    known = str(own if axis is None else axis)
+    expected = f"{known}; export with --dynamic for more" if axis is None else known
+    raise RequestError(
+        f"{name} {size} is not a size of this bundle. Expected {expected}.",
+        argument=name,
+        told=f"{name} {size} is not a size of this model. Expected {known}.",
+        owner="export it for other sizes",
+    )

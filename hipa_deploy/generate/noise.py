@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from hipa_deploy.bundle.manifest import Layout, OneStep
-from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.errors import HipaError, RequestError, brief
 
 SEED_LIMIT = 2**63
 
@@ -29,7 +29,9 @@ def check_seeds(first: int, count: int = 1) -> None:
         )
     if first < 0 or int(first) + count > SEED_LIMIT:
         last = f" (and the {count - 1} after it)" if count > 1 else ""
-        raise HipaError(f"seed {first}{last} is out of range. Expected 0 <= seed < 2**63.")
+        raise RequestError(
+            f"seed {first}{last} is out of range. Expected 0 <= seed < 2**63.", argument="seed"
+        )
 
 
 def initial_noise(seeds: Sequence[int], shape_CHW: tuple[int, int, int]) -> np.ndarray:

@@ -28,7 +28,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import RequestError
 
 ROUND = 1.1  # what a pair of round brackets multiplies by
 SQUARE = 1 / 1.1  # and a pair of square ones
@@ -89,9 +89,11 @@ def parse_weights(prompt: str) -> list[tuple[str, float]]:
         _multiply(pieces, start, SQUARE)
     for _, weight in pieces:
         if not abs(weight) <= LARGEST:
-            raise HipaError(
+            raise RequestError(
                 f"a part of the prompt has the weight {weight:.3g}. Expected at most {LARGEST}, "
-                r"all brackets around it together. Brackets that are text are \( and \)."
+                r"all brackets around it together. Brackets that are text are \( and \).",
+                argument="prompt",
+                code="invalid_prompt",
             )
     return _joined(pieces)
 
@@ -102,9 +104,11 @@ def _weight(part: str, number: str) -> float:
     except ValueError:
         weight = math.nan
     if not math.isfinite(weight):
-        raise HipaError(
+        raise RequestError(
             f"{part!r} in the prompt is no weight. Expected a number, as in (word:1.3), "
-            r"or \( and \) for brackets that are text."
+            r"or \( and \) for brackets that are text.",
+            argument="prompt",
+            code="invalid_prompt",
         )
     return weight
 
@@ -228,7 +232,11 @@ def _scale(context_CD: Any, weighed_CD: Any) -> float:
     if abs(before) <= negligible:
         return 1.0
     if abs(after) <= negligible:
-        raise HipaError("the weights of a prompt cancel out. Choose weights nearer to 1.")
+        raise RequestError(
+            "the weights of a prompt cancel out. Choose weights nearer to 1.",
+            argument="prompt",
+            code="invalid_prompt",
+        )
     return before / after
 
 

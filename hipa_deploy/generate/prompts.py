@@ -21,7 +21,7 @@ import numpy as np
 from hipa_deploy.bundle.arrays import Header, read_npy
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.disk.reading import MIB, read_text
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, RequestError, brief
 from hipa_deploy.generate.prompt_files import one_line
 from hipa_deploy.generate.prompt_weights import weigh_side_by_side
 from hipa_deploy.generate.tokenizer import PromptTokenizer, PromptTooLongError
@@ -234,7 +234,7 @@ class EncodedPrompts:
             remedy = "Shorten it, or pass --truncate (truncate=True)"
             if error.context_tokens:
                 remedy += f", or export the bundle with --context-tokens {error.context_tokens}"
-            raise PromptTooLongError(error.problem, f"{remedy}.") from None
+            raise PromptTooLongError(error.problem, f"{remedy}.", error.context_tokens) from None
 
     def feed(self, prompts: list[EncodedPrompt], encode: Encode) -> TextTensors:
         """The contexts; the token ids of one prompt that is neither known nor weighed."""
@@ -369,9 +369,13 @@ class BakedPrompts:
         """As they were baked."""
         if asked is not None and asked != self._weights:
             how = "with" if self._weights else "without"
-            raise HipaError(
+            raise RequestError(
                 f"this bundle's prompts were baked {how} prompt weights. "
-                "Leave out that option, or export the bundle again."
+                "Leave out that option, or export the bundle again.",
+                argument="prompt_weights",
+                told=f"prompt_weights: this model knows its prompts {how} weights. "
+                f"Expected {'true' if self._weights else 'false'}, or nothing.",
+                owner=f"export it {'without' if self._weights else 'with'} prompt weights",
             )
         return self._weights
 
@@ -387,10 +391,15 @@ class BakedPrompts:
         wanted = [one_line(prompt) for prompt in prompts]
         for prompt in wanted:
             if prompt not in self._index:
-                raise HipaError(
+                nearest = self._nearest(prompt)
+                raise RequestError(
                     f"{prompt!r} is not one of this bundle's {len(self._index)} baked prompts; the "
-                    f"nearest is {self._nearest(prompt)!r}. Choose one of them, or export without "
-                    "--prompts."
+                    f"nearest is {nearest!r}. Choose one of them, or export without --prompts.",
+                    argument="prompt",
+                    code="prompt_not_in_set",
+                    told=f"{brief(prompt)} is not one of the {len(self._index)} prompts that this "
+                    f"model knows; the nearest is {brief(nearest)}. Choose one of them.",
+                    owner="export it for every prompt",
                 )
         return [self._index[prompt] for prompt in wanted]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap
 from hipa_deploy.bundle.folder import Bundle, latent_shape
-from hipa_deploy.errors import HipaError, brief, whole_number
+from hipa_deploy.errors import HipaError, RequestError, brief, whole_number
 from hipa_deploy.generate.noise import check_seeds
 from hipa_deploy.generate.prompts import open_prompts
 from hipa_deploy.generate.runner import check_backend
@@ -125,10 +125,14 @@ def check_prompts(prompts: Sequence[str]) -> None:
         if not isinstance(prompt, str):
             raise HipaError(f"a prompt is {brief(prompt)}. Expected text.")
         if len(prompt) > MAX_CHARACTERS:
-            raise HipaError(
-                f"a prompt has {len(prompt)} characters. Expected at most {MAX_CHARACTERS}."
+            raise RequestError(
+                f"a prompt has {len(prompt)} characters. Expected at most {MAX_CHARACTERS}.",
+                argument="prompt",
+                code="string_above_max_length",
             )
         if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-            raise HipaError(
-                f"the prompt {prompt[:40]!r} holds bytes that are no UTF-8. Write it in UTF-8."
+            raise RequestError(
+                f"the prompt {prompt[:40]!r} holds bytes that are no UTF-8. Write it in UTF-8.",
+                argument="prompt",
+                code="invalid_prompt",
             )

@@ -11,7 +11,7 @@ Shape suffixes: B prompts, C tokens of a chunk (77 for CLIP), L = C * chunks tok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,19 @@ from tokenizers import Tokenizer
 from hipa_deploy.bundle.text_settings import MAX_CHUNKS, TextSettings
 from hipa_deploy.bundle.tokenizer_file import MAX_TOKENIZER, tokenizer_problem
 from hipa_deploy.disk.reading import read_text
-from hipa_deploy.errors import HipaError, as_line, brief
+from hipa_deploy.errors import HipaError, RequestError, as_line, brief
 from hipa_deploy.generate.prompt_weights import parse_weights
 
 AT_ONCE = 1000  # prompts that are counted at once; a million would take much memory
 REMEMBERED_PROMPTS = 256  # whose tokens are kept, as many as contexts
 
 
-class PromptTooLongError(HipaError):
+class PromptTooLongError(RequestError):
     """A prompt has more tokens than the model reads.
 
     Args:
         problem: what was found and what would be lost.
-        remedy: what to do about it.
+        remedy: what to do about it, for the command line and the Python API.
         context_tokens: a length of context that the prompt would fit in; None if there is none.
 
     Attributes:
@@ -45,7 +45,14 @@ class PromptTooLongError(HipaError):
     def __init__(
         self, problem: str, remedy: str = "Shorten it.", context_tokens: int | None = None
     ) -> None:
-        super().__init__(f"{problem} {remedy}")
+        owner = f"export it to read {context_tokens} tokens" if context_tokens else None
+        super().__init__(
+            f"{problem} {remedy}",
+            argument="prompt",
+            code="context_length_exceeded",
+            told=f"{problem} Shorten it.",
+            owner=owner,
+        )
         self.problem = problem
         self.context_tokens = context_tokens
 
@@ -236,7 +243,9 @@ class PromptTokenizer:
             HipaError: the library fails on it.
 
         """
-        with as_line("the tokenizer of the bundle cannot read the prompt", "Choose another."):
+        unreadable = partial(RequestError, argument="prompt", code="invalid_prompt")
+        problem = "the tokenizer of the bundle cannot read the prompt"
+        with as_line(problem, "Choose another.", unreadable):
             return self._tokenizer.encode(text, add_special_tokens=special)
 
     @property
@@ -273,4 +282,8 @@ class PromptTokenizer:
 def _check_text(prompt: str) -> None:
     # Python turns bytes of the command line that are not UTF-8 into lone surrogates.
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise HipaError(f"the prompt {prompt!r} is not valid text. Expected UTF-8.")
+        raise RequestError(
+            f"the prompt {prompt!r} is not valid text. Expected UTF-8.",
+            argument="prompt",
+            code="invalid_prompt",
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, RequestError
 from hipa_deploy.images.membrane import meet_edge
 
 MID_GREY = 127
@@ -28,18 +28,24 @@ def check_mask(mask_HW: np.ndarray, image_HWC: np.ndarray) -> None:
     if mask_HW.shape != image_shape:
         got = "x".join(map(str, mask_HW.shape))
         expected = "x".join(map(str, image_shape))
-        raise HipaError(
+        raise RequestError(
             f"mask is {got} pixels, image {expected} (height x width). "
-            "Expected a mask of the image's size."
+            "Expected a mask of the image's size.",
+            argument="mask",
+            code="invalid_mask",
         )
     if not mask_HW.any():
-        raise HipaError(
-            "mask is empty: no pixel is white. Expected white where the image is to be repainted."
+        raise RequestError(
+            "mask is empty: no pixel is white. Expected white where the image is to be repainted.",
+            argument="mask",
+            code="invalid_mask",
         )
     if mask_HW.all():
-        raise HipaError(
+        raise RequestError(
             "mask is full: every pixel is white, nothing would be kept. "
-            "Expected black where the image is to be kept."
+            "Expected black where the image is to be kept.",
+            argument="mask",
+            code="invalid_mask",
         )
 
 

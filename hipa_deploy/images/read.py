@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 
 from hipa_deploy.disk.quiet_pillow import MAX_PIXELS, bomb_in_words, quiet_pillow
 from hipa_deploy.disk.reading import MIB, check_file
-from hipa_deploy.errors import HipaError, HipaWarning, as_line
+from hipa_deploy.errors import HipaError, HipaWarning, RequestError, as_line
 from hipa_deploy.images.colour import ColourSpace, colour_space, srgb_levels, to_srgb
 from hipa_deploy.images.key_colour import decode
 
@@ -291,9 +292,13 @@ def check_size(image_HWC: np.ndarray, factor: int) -> None:
     """
     height, width = image_HWC.shape[:2]
     if min(height, width) < factor:
-        raise HipaError(
+        raise RequestError(
             f"image is {height}x{width} pixels (height x width), smaller than one latent cell of "
-            f"{factor}x{factor}. Expected at least {factor} pixels each way."
+            f"{factor}x{factor}. Expected at least {factor} pixels each way.",
+            argument="image",
+            code="image_too_small",
+            told=f"image is {height}x{width} pixels (height x width). "
+            f"Expected at least {factor} pixels each way.",
         )
 
 
@@ -341,16 +346,17 @@ def _as_pillow(
 
     name = f"{what} {os.fspath(source)}" if isinstance(source, str | os.PathLike) else f"the {what}"
     # What Pillow raises for files that are not images, or are broken, depends on the format.
-    with as_line(f"{name} cannot be read", "Expected a complete image file."):
+    unreadable = partial(RequestError, argument=what, code="image_parse_error")
+    with as_line(f"{name} cannot be read", "Expected a complete image file.", unreadable):
         if isinstance(source, Image.Image):
             with _lock_of(source):
-                _check_pixels(source)
-                return _upright(source, colours_of)
+                _check_pixels(source, what)
+                return _upright(source, what, colours_of)
         check_file(Path(source), MAX_FILE, "Expected an image file.")
         try:
             with quiet_pillow(), Image.open(source, formats=_formats()) as image:
-                _check_pixels(image)
-                return _upright(image, colours_of)
+                _check_pixels(image, what)
+                return _upright(image, what, colours_of)
         except Image.DecompressionBombError as error:
             raise HipaError(bomb_in_words(error)) from None
 
@@ -366,39 +372,49 @@ def _formats() -> list[str]:
     return [name for name in Image.ID if name not in _NOT_READ]
 
 
-def _check_pixels(image: Image.Image) -> None:
+def _check_pixels(image: Image.Image, what: str) -> None:
     """Raise HipaError for an image that would take gigabytes, before it is decoded."""
     if max(image.size) > MAX_SIDE:
-        raise HipaError(
-            f"the image has {image.width}x{image.height} pixels. Expected at most {MAX_SIDE} "
-            "pixels a side. Cut it."
+        raise RequestError(
+            f"the {what} has {image.width}x{image.height} pixels. Expected at most {MAX_SIDE} "
+            "pixels a side. Cut it.",
+            argument=what,
+            code="image_too_large",
         )
     if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise HipaError(
-            f"the image has {image.width}x{image.height} pixels. Expected 1 to {MAX_PIXELS} pixels "
-            "in all. Make it smaller."
+        raise RequestError(
+            f"the {what} has {image.width}x{image.height} pixels. Expected 1 to {MAX_PIXELS} "
+            "pixels in all. Make it smaller.",
+            argument=what,
+            code="image_too_large",
         )
 
 
-def _upright(image: Image.Image, colours_of: str | None) -> tuple[Image.Image, ColourSpace | None]:
+def _upright(
+    image: Image.Image, what: str, colours_of: str | None
+) -> tuple[Image.Image, ColourSpace | None]:
     """Decode an image and turn it as its EXIF orientation says; find out its colour space."""
     with _quiet(image), _not_mapped(image):
         decode(image)
     # Before it is turned: Pillow then writes its EXIF data anew.
     space = colour_space(image, colours_of) if colours_of is not None else None
-    _check_integers(image)
+    _check_integers(image, what)
     return turned_upright(image), space
 
 
-def _check_integers(image: Image.Image) -> None:
+def _check_integers(image: Image.Image, what: str) -> None:
     """Raise HipaError for 32-bit integers that are levels of 8 bits: as 16 bits they are black."""
     if image.mode != "I":
         return
     low, high = cast(tuple[int, int], image.getextrema())
     if 0 < high <= _EIGHT_BITS:
-        raise HipaError(
-            f"the image has 32-bit integers from {low} to {high}. Expected levels of 16 bits, up "
-            f"to {_SIXTEEN_BITS}. Convert levels of 8 bits to Pillow's mode L."
+        raise RequestError(
+            f"the {what} has 32-bit integers from {low} to {high}. Expected levels of 16 bits, up "
+            f"to {_SIXTEEN_BITS}. Convert levels of 8 bits to Pillow's mode L.",
+            argument=what,
+            code="invalid_image_format",
+            told=f"the {what} has 32-bit integers from {low} to {high}. Expected levels of 8 or "
+            "16 bits.",
         )
 
 
@@ -488,7 +504,11 @@ def _eight_bits(image: Image.Image, what: str, levels_16: np.ndarray | None = No
     values_HW = np.asarray(image).astype(np.int64)
     low, high = values_HW.min(), values_HW.max()
     if low < 0 or high > _SIXTEEN_BITS:
-        raise HipaError(f"{what} has values {low} to {high}. Expected 8 or 16 bits.")
+        raise RequestError(
+            f"{what} has values {low} to {high}. Expected 8 or 16 bits.",
+            argument=what,
+            code="invalid_image_format",
+        )
     if levels_16 is None:
         levels_HW = _levels(values_HW.astype(np.uint16), what)
     else:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from hipa_deploy.bundle.folder import Bundle, latent_shape
-from hipa_deploy.errors import HipaError, brief, whole_number
+from hipa_deploy.errors import HipaError, RequestError, brief, whole_number
 from hipa_deploy.images.compositing import check_mask, composite, hide_hole, latent_mask
 from hipa_deploy.images.png import enlarge
 from hipa_deploy.images.read import (
@@ -134,7 +134,10 @@ def _strength_number(bundle: Bundle, strength: float | None) -> int:
     if strength is None:
         return 0
     if not isinstance(strength, Real) or not 0 < strength <= 1:
-        raise HipaError(f"strength {brief(strength)} is out of range. Expected 0 < strength <= 1.")
+        raise RequestError(
+            f"strength {brief(strength)} is out of range. Expected 0 < strength <= 1.",
+            argument="strength",
+        )
 
     # A strength that was written as JSON or on a command line may differ in its last digits.
     known = [entry.strength for entry in bundle.manifest.strengths]
@@ -142,9 +145,12 @@ def _strength_number(bundle: Bundle, strength: float | None) -> int:
         if math.isclose(strength, entry, rel_tol=1e-6):
             return number
     listed = ", ".join(map(str, known))
-    raise HipaError(
+    raise RequestError(
         f"strength {strength} is not one of this bundle's: {listed}. "
-        "Export the model with --strengths for others."
+        "Export the model with --strengths for others.",
+        argument="strength",
+        told=f"strength {strength} is not one of this model's. Expected one of: {listed}.",
+        owner="export it for other strengths",
     )
 
 
@@ -180,7 +186,10 @@ def inpaint_source(
     require_task(bundle, "inpaint")
     feather = whole_number(feather, "feather")
     if not 0 <= feather <= MAX_FEATHER:
-        raise HipaError(f"feather is {feather}. Expected 0 (a hard edge) to {MAX_FEATHER} pixels.")
+        raise RequestError(
+            f"feather is {feather}. Expected 0 (a hard edge) to {MAX_FEATHER} pixels.",
+            argument="feather",
+        )
 
     # The mask is checked as the user has it, so that the message shows sizes that the user knows.
     original_HWC = _read_large_enough(bundle, image)
@@ -191,9 +200,14 @@ def inpaint_source(
     fitted_HWC = _fitted(bundle, original_HWC, height, width)
     mask_HW = fit_mask(original_mask_HW, *fitted_HWC.shape[:2])
     if not mask_HW.any():
-        raise HipaError(
+        raise RequestError(
             "mask: what is white lies outside the centre crop to the bundle's shape. "
-            "Crop the image first."
+            "Crop the image first.",
+            argument="mask",
+            code="invalid_mask",
+            # Of OpenAI's API, what is transparent is repainted.
+            told="mask: the part to repaint lies outside the centre crop to the shape of the "
+            "result. Crop image and mask first.",
         )
 
     def finish(images_BHWC: np.ndarray) -> np.ndarray:
@@ -242,7 +256,9 @@ def control_source(
     """
     require_task(bundle, "control")
     if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= scale <= MAX_SCALE:
-        raise HipaError(f"scale {brief(scale)} is out of range. Expected 0 to {MAX_SCALE:g}.")
+        raise RequestError(
+            f"scale {brief(scale)} is out of range. Expected 0 to {MAX_SCALE:g}.", argument="scale"
+        )
     original_HWC = read_control(image)
     check_size(original_HWC, _pixels_per_latent(bundle))
     return Source(
@@ -325,9 +341,10 @@ def upscaling(
     overlap = whole_number(overlap, "overlap")
     # More would make a pixel in more than four tiles, and a large image in ten thousands of them.
     if not 0 <= overlap <= tile // 2:
-        raise HipaError(
+        raise RequestError(
             f"overlap is {overlap} pixels, a tile {step.width}x{step.height}. "
-            f"Expected 0 to {tile // 2}."
+            f"Expected 0 to {tile // 2}.",
+            argument="overlap",
         )
     small_HWC = read_image(image)
     factor = bundle.manifest.upscale or 1
@@ -335,9 +352,11 @@ def upscaling(
     height = small_h * factor
     width = small_w * factor
     if height * width > MAX_UPSCALED_PIXELS:
-        raise HipaError(
+        raise RequestError(
             f"{width}x{height} pixels are too many. "
-            f"Expected at most {MAX_UPSCALED_PIXELS} in the result."
+            f"Expected at most {MAX_UPSCALED_PIXELS} in the result.",
+            argument="image",
+            code="image_too_large",
         )
 
     padded_h = max(height, step.height)
@@ -345,9 +364,11 @@ def upscaling(
     offsets = tiles(padded_h, padded_w, step.height, step.width, overlap)
     # Before the image is enlarged: a small file of one colour can take gigabytes.
     if len(offsets) > most_tiles:
-        raise HipaError(
+        raise RequestError(
             f"the image takes {len(offsets)} tiles of this model. Expected at most {most_tiles}. "
-            "Make it smaller. A lower overlap takes fewer tiles."
+            "Make it smaller. A lower overlap takes fewer tiles.",
+            argument="image",
+            code="image_too_large",
         )
 
     # The stages take complete tiles only. Repeating the border adds no edge for them to sharpen.

@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, PngImagePlugin, features
 
-from hipa_deploy.errors import HipaError, brief, first_line, whole_number
+from hipa_deploy.errors import HipaError, RequestError, brief, first_line, whole_number
 from hipa_deploy.marks.a1111 import KEYWORD, infotext
 from hipa_deploy.marks.xmp import JPEG_HEADER, PNG_KEYWORD, write_packet
 
@@ -93,15 +93,21 @@ def check_quality(format: ImageFormat, quality: int | None) -> None:
             "a PNG is lossless and has no quality. Leave the quality out, or write WebP or JPEG."
         )
     if format == "webp" and not features.check("webp"):
-        raise HipaError("this Pillow was built without WebP. Write PNG or JPEG.")
+        raise RequestError(
+            "this Pillow was built without WebP. Write PNG or JPEG.",
+            argument="format",
+            told="no WebP is written here. Ask for a PNG or a JPEG.",
+        )
 
 
 def check_side_of_format(format: ImageFormat, height: int, width: int) -> None:
     """Raise HipaError for an image that is too large for the format."""
     if max(height, width) > _MAX_SIDE[format]:
-        raise HipaError(
-            f"the image has {width}x{height} pixels, a {format.upper()} at most "
-            f"{_MAX_SIDE[format]} each way. Write PNG."
+        problem = f"the image has {width}x{height} pixels, a {format.upper()} at most"
+        raise RequestError(
+            f"{problem} {_MAX_SIDE[format]} each way. Write PNG.",
+            argument="format",
+            told=f"{problem} {_MAX_SIDE[format]} each way. Ask for a PNG.",
         )
 
 
@@ -155,10 +161,13 @@ def encode_image(
         return buffer.getvalue()
 
     segment = JPEG_HEADER + packet
-    if max(len(exif), len(segment)) > _MAX_SEGMENT:
-        raise HipaError(
-            f"the parameters take {max(len(exif), len(segment))} bytes, a JPEG holds "
-            f"{_MAX_SEGMENT}. Shorten the prompt, or write PNG or WebP."
+    longest = max(len(exif), len(segment))
+    if longest > _MAX_SEGMENT:
+        problem = f"the parameters take {longest} bytes, a JPEG holds {_MAX_SEGMENT}."
+        raise RequestError(
+            f"{problem} Shorten the prompt, or write PNG or WebP.",
+            argument="format",
+            told=f"{problem} Shorten the prompt, or ask for a PNG or a WebP.",
         )
     quality = JPEG_QUALITY if quality is None else quality
     # Colour at full resolution where quality matters: generated images have hard coloured edges.

@@ -43,10 +43,17 @@ class ImageMarker:
         """Whether images are left as they are."""
         return self.payload is None and not self.checkers
 
-    def check_size(self, height: int, width: int) -> None:
-        """Raise HipaError for a size that is too small for the watermark."""
+    def check_size(self, height: int, width: int, argument: str | None = None) -> None:
+        """Raise RequestError for a size that is too small for the watermark.
+
+        Args:
+            height: in pixels.
+            width: in pixels.
+            argument: that the size comes from; None: the size itself is asked for.
+
+        """
         if self.payload is not None:
-            check_side(height, width)
+            check_side(height, width, argument)
 
     def reasons(self, images_BHWC: np.ndarray) -> list[str | None]:
         """For each image why it is withheld; None for those that are not.

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hipa_deploy.errors import HipaError, whole_number
+from hipa_deploy.errors import HipaError, RequestError, whole_number
 from hipa_deploy.marks.payload_code import CODED_BITS, encode_payload
 
 # Pixels. Pictures repeat themselves in steps of 8 (JPEG's blocks), 64 or 128 (sheets and tiles);
@@ -75,17 +75,27 @@ def waves() -> Waves:
     return Waves(np.asarray(cycles)[order], np.exp(0.5j * np.pi * quarters))
 
 
-def check_side(height: int, width: int) -> None:
+def check_side(height: int, width: int, argument: str | None = None) -> None:
     """Check that an image is large enough to carry a watermark.
 
+    Args:
+        height: in pixels.
+        width: in pixels.
+        argument: that the size comes from; None: the size itself is asked for.
+
     Raises:
-        HipaError: a side is under ``LEAST_SIDE`` pixels.
+        RequestError: a side is under ``LEAST_SIDE`` pixels.
 
     """
     if min(height, width) < LEAST_SIDE:
-        raise HipaError(
-            f"an image of {width}x{height} pixels is too small for the watermark, which needs "
-            f"{LEAST_SIDE} each way. Leave the watermark out, or make a larger image."
+        short = "height" if height < LEAST_SIDE else "width"
+        problem = f"an image of {width}x{height} pixels is too small for the watermark, which needs"
+        raise RequestError(
+            f"{problem} {LEAST_SIDE} each way. Leave the watermark out, or make a larger image.",
+            argument=argument or short,
+            code="image_too_small",
+            told=f"{problem} {LEAST_SIDE} each way. Ask for a larger image.",
+            owner="export it without a watermark",
         )
 
 

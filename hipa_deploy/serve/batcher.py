@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, RequestError
 from hipa_deploy.generate.jobs.batch_sizes import largest_fitting
 from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
@@ -58,7 +58,8 @@ class StoppingError(Exception):
 class BackendFailedError(HipaError):
     """A backend or an adaptor failed: out of memory, say. The request is not at fault.
 
-    Everything that can be wrong with a request is found before its jobs are queued.
+    What is wrong with a request is a ``RequestError``. Little of it is found in a batch alone, such
+    as weights of a prompt that cancel out in its context.
     """
 
 
@@ -135,7 +136,7 @@ class Work:
 
     def fail(self, error: BaseException) -> None:
         """End the work with an error; one of the backend's becomes a ``BackendFailedError``."""
-        if isinstance(error, HipaError) and not isinstance(error, NotFiniteError):
+        if isinstance(error, HipaError) and not isinstance(error, NotFiniteError | RequestError):
             error = BackendFailedError(str(error))
         with suppress(InvalidStateError):
             self.done.set_exception(error)
@@ -411,6 +412,8 @@ class Batcher:
             made = self._engine.make(jobs, self._watch.stage, partial(_check_wanted, batch))
         except _UnwantedError:
             return
+        except RequestError:  # says nothing of the backend
+            raise
         except Exception:
             self._failures += 1
             self._proven = self._proven or first

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from hipa_deploy.disk.quiet_pillow import quiet_pillow
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, RequestError
 from hipa_deploy.images.key_colour import decode
 from hipa_deploy.images.read import alpha_of, turned_upright
 
@@ -53,16 +53,24 @@ def open_upload(file: IO[bytes], what: str, most_pixels: int) -> Image.Image:
         with quiet_pillow():
             image = Image.open(file, formats=_UPLOADS)
     except Image.DecompressionBombError:  # Pillow's own limit: it does not say how many there are
-        raise HipaError(
+        raise RequestError(
             f"the {what} has too many pixels. Expected at most {most_pixels} in all. Make it "
-            "smaller."
+            "smaller.",
+            argument=what,
+            code="image_too_large",
         ) from None
     except Exception:  # what Pillow raises depends on the format and the damage
-        raise HipaError(f"the {what} is no PNG, JPEG or WebP file that can be read.") from None
+        raise RequestError(
+            f"the {what} is no PNG, JPEG or WebP file that can be read.",
+            argument=what,
+            code="invalid_image_format",
+        ) from None
     if image.width * image.height > most_pixels:
-        raise HipaError(
+        raise RequestError(
             f"the {what} has {image.width}x{image.height} pixels. "
-            f"Expected at most {most_pixels} in all. Make it smaller."
+            f"Expected at most {most_pixels} in all. Make it smaller.",
+            argument=what,
+            code="image_too_large",
         )
     # With MPO, which phones write: Pillow tells it from JPEG by what follows the first image.
     if image.format in ("JPEG", "MPO"):
@@ -83,14 +91,19 @@ def _check_scans(file: IO[bytes], what: str) -> None:
     file.seek(place)
     marks = list(islice(_marks(content), _MOST_SEGMENTS + 1))
     if len(marks) > _MOST_SEGMENTS:
-        raise HipaError(
+        raise RequestError(
             f"the {what} is a JPEG of more than {_MOST_SEGMENTS} segments. Expected at most "
-            f"{_MOST_SEGMENTS}. Save it again."
+            f"{_MOST_SEGMENTS}. Save it again.",
+            argument=what,
+            code="invalid_image_format",
         )
     scans = marks.count(_SCAN)
     if scans > _MOST_SCANS:
-        raise HipaError(
-            f"the {what} is a JPEG of {scans} scans. Expected at most {_MOST_SCANS}. Save it again."
+        raise RequestError(
+            f"the {what} is a JPEG of {scans} scans. Expected at most {_MOST_SCANS}. "
+            "Save it again.",
+            argument=what,
+            code="invalid_image_format",
         )
 
 
@@ -129,25 +142,35 @@ def mask_of_alpha(image: Image.Image, what: str) -> np.ndarray:
     """
     try:
         if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-            raise HipaError(
+            raise RequestError(
                 f"the {what} has no alpha channel. Expected one that is transparent where the "
-                "image is to be repainted."
+                "image is to be repainted.",
+                argument=what,
+                code="invalid_mask",
             )
         decode(image)
         alpha_HW = alpha_of(turned_upright(image))
     except HipaError:
         raise
     except Exception:
-        raise HipaError(f"the {what} is damaged. Expected a complete file.") from None
+        raise RequestError(
+            f"the {what} is damaged. Expected a complete file.",
+            argument=what,
+            code="image_parse_error",
+        ) from None
     hole_HW = alpha_HW == 0
     if not hole_HW.any():
-        raise HipaError(
+        raise RequestError(
             f"the {what} is nowhere fully transparent. Expected it transparent where the image is "
-            "to be repainted."
+            "to be repainted.",
+            argument=what,
+            code="invalid_mask",
         )
     if hole_HW.all():
-        raise HipaError(
+        raise RequestError(
             f"the {what} is transparent everywhere: nothing would be kept. Expected it opaque "
-            "where the image is to be kept."
+            "where the image is to be kept.",
+            argument=what,
+            code="invalid_mask",
         )
     return hole_HW

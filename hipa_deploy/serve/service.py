@@ -231,7 +231,8 @@ class ImageService:
             gone: returns when whoever asked has gone away.
 
         Raises:
-            HipaError: something is wrong with the order.
+            RequestError: something is wrong with the order.
+            HipaError: something is wrong with the bundle or with what signs its files.
             NotFiniteError: a network gave NaN or infinity.
             BackendFailedError: a backend, an adaptor or a checker failed.
             NotReadyError: the bundles are loading.

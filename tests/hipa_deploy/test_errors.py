@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
-from hipa_deploy.errors import HipaError, as_line, memory_remedy, printable, reason_of
+from hipa_deploy.errors import (
+    HipaError,
+    RequestError,
+    as_line,
+    memory_remedy,
+    printable,
+    reason_of,
+)
 
 
 class PanicError(BaseException):
@@ -50,3 +59,11 @@ def test_the_reason_of_an_error_stands_in_brackets() -> None:
 
 def test_what_would_steer_a_terminal_is_escaped() -> None:
     assert printable("ä \x1b[2J\ud800\u202e") == r"ä \x1b[2J\ud800\u202e"
+
+
+def test_a_request_error_outlives_a_pickle() -> None:
+    error = RequestError("Give --x.", argument="x", code="odd", told="x is odd.", owner="mend it")
+    copy = pickle.loads(pickle.dumps(error))
+    assert str(copy) == "Give --x."
+    assert vars(copy) == vars(error)
+    assert RequestError("x is odd.").told == "x is odd."

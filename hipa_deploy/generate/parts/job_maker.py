@@ -90,7 +90,7 @@ class JobMaker:
         truncate = truth_value(truncate, "truncate")
         weights = self._reads_weights(prompt_weights)
         enlargement = upscaling(self._bundle, image, overlap=overlap, most_tiles=most_tiles)
-        self._marker.check_size(enlargement.height, enlargement.width)
+        self._marker.check_size(enlargement.height, enlargement.width, "image")
         latent_CHW = latent_shape(self._bundle, None, None)
         (prepared,) = self._prepare([prompt], latent_CHW, truncate=truncate, weights=weights)
         facts = {"truncate": truncate, "prompt_weights": weights}

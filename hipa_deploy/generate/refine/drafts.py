@@ -8,7 +8,7 @@ from typing import Any
 from hipa_deploy.bundle.adaptor_swap import AdaptorSwap, joint_sha256, stage_files
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import RefineSettings
-from hipa_deploy.errors import HipaError, brief
+from hipa_deploy.errors import HipaError, RequestError, brief
 from hipa_deploy.generate.refine.refiner import refine_settings
 
 # What a draft was asked for, and its final image is asked for too.
@@ -56,9 +56,13 @@ def check_swap(bundle: Bundle, swap: AdaptorSwap | None) -> None:
 
     """
     if swap is not None and swap.manifest.loras != bundle.manifest.loras:
-        raise HipaError(
+        raise RequestError(
             f"adaptor {swap.root} has other LoRAs than the base model of {bundle.root}, so its "
-            "drafts cannot be refined. Swap it out, or export a bundle with these LoRAs."
+            "drafts cannot be refined. Swap it out, or export a bundle with these LoRAs.",
+            argument="adaptor",
+            told="this adaptor has other LoRAs than its base model, so its drafts cannot be "
+            "refined. Ask for the model without the adaptor.",
+            owner="export one with these LoRAs",
         )
 
 

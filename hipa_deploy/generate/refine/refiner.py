@@ -16,7 +16,7 @@ import numpy as np
 from hipa_deploy.bundle.arrays import Header, bounded, read_npz
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.bundle.manifest import Refinement, RefineSettings
-from hipa_deploy.errors import HipaError, brief, whole_number
+from hipa_deploy.errors import HipaError, RequestError, brief, whole_number
 from hipa_deploy.generate.open_stages import has_engine, open_runner
 from hipa_deploy.generate.refine.solver import make_solver
 from hipa_deploy.generate.runner import Runner
@@ -98,18 +98,21 @@ def refine_settings(
         sampler = own.sampler
     steps = whole_number(steps, "steps")
     if not LEAST_STEPS <= steps <= MOST_STEPS:
-        raise HipaError(
-            f"steps is {brief(steps)}. Expected a whole number of {LEAST_STEPS} to {MOST_STEPS}."
+        raise RequestError(
+            f"steps is {brief(steps)}. Expected a whole number of {LEAST_STEPS} to {MOST_STEPS}.",
+            argument="steps",
         )
     is_number = isinstance(guidance, Real) and not isinstance(guidance, bool)
     if not is_number or not LEAST_GUIDANCE <= guidance <= MOST_GUIDANCE:
-        raise HipaError(
+        raise RequestError(
             f"guidance is {brief(guidance)}. Expected {LEAST_GUIDANCE:g} to {MOST_GUIDANCE:g}; "
-            "1 is none."
+            "1 is none.",
+            argument="guidance",
         )
     if sampler not in SAMPLERS:
-        raise HipaError(
-            f"sampler {brief(sampler)} is unknown. Expected one of: {', '.join(SAMPLERS)}."
+        raise RequestError(
+            f"sampler {brief(sampler)} is unknown. Expected one of: {', '.join(SAMPLERS)}.",
+            argument="sampler",
         )
     return RefineSettings(sampler=sampler, steps=steps, guidance=float(guidance))
 
@@ -161,9 +164,10 @@ class Refiner:
         unet = self._load()
         alpha_bars_T = self._tables["alpha_bars"]
         if settings.steps > len(alpha_bars_T):
-            raise HipaError(
+            raise RequestError(
                 f"steps is {settings.steps}, and the noise schedule has {len(alpha_bars_T)} "
-                "timesteps. Take fewer steps."
+                "timesteps. Take fewer steps.",
+                argument="steps",
             )
         prediction_type = self._bundle.manifest.one_step.prediction_type
         solver = make_solver(settings, alpha_bars_T, prediction_type)

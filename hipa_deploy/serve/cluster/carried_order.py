@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import IO, Any
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import RequestError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
 from hipa_deploy.serve.service import Order, TimeLimitError
@@ -42,17 +42,25 @@ class Refusal:
             (a backend or an adaptor), 'full', 'stopping' or 'late'.
         message: for people; of the kinds 'order', 'not finite' and 'failed'.
         retry_after: seconds; of the kind 'full'.
+        about: keywords of ``RequestError``; of the kind 'order'.
 
     """
 
     kind: str
     message: str = ""
     retry_after: int = 1
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_order(cls, error: RequestError) -> Refusal:
+        """The refusal of an order that something is wrong with."""
+        about = {name: getattr(error, name) for name in ("argument", "code", "told", "owner")}
+        return cls("order", str(error), about=about)
 
     def error(self) -> Exception:
         """The exception that ``ImageService.deliver`` raises in this case."""
         if self.kind == "order":
-            return HipaError(self.message)
+            return RequestError(self.message, **self.about)
         if self.kind == "not finite":
             return NotFiniteError(self.message)
         if self.kind == "failed":

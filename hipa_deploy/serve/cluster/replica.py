@@ -13,11 +13,11 @@ from typing import Any
 
 from hipa_deploy.bundle.adaptor_swap import FOLDER
 from hipa_deploy.bundle.folder import MANIFEST
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, RequestError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.marks.own_checker import chosen_checker
-from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
+from hipa_deploy.serve.batcher import QueueFullError, StoppingError
 from hipa_deploy.serve.cluster.carried_order import CarriedOrder, Refusal
 from hipa_deploy.serve.served import Models
 from hipa_deploy.serve.service import Delivery, ImageService, Order, TimeLimitError
@@ -93,17 +93,17 @@ class Replica:
         model = self._service.models.by_name.get(order.model)
         if model is None:
             # Its adaptors are part of the fingerprint, so this is an update that is under way.
-            return Refusal("order", f"the model {order.model} is not here. Try again.")
+            problem = f"the model {order.model} is not here. Try again."
+            return Refusal.of_order(RequestError(problem, argument="adaptor"))
         try:
             return await self._service.deliver(Order(model=model, **values), _never)
         except NotFiniteError as error:
             return Refusal("not finite", str(error))
-        except BackendFailedError as error:
-            return Refusal("failed", str(error))
+        except RequestError as error:
+            return Refusal.of_order(error)
         except HipaError as error:
-            # The door knows the folder under another path, where that is a link or relative.
-            root = str(model.served.bundle.root)
-            return Refusal("order", str(error).replace(root, model.name))
+            # The door writes it to its log: the request is not at fault.
+            return Refusal("failed", str(error))
         except QueueFullError as error:
             return Refusal("full", retry_after=error.retry_after)
         except StoppingError:

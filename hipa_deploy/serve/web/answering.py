@@ -12,9 +12,10 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from fastapi.routing import APIRoute
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, RequestError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
-from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
+from hipa_deploy.generate.noise import SEED_LIMIT
+from hipa_deploy.serve.batcher import QueueFullError, StoppingError
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import (
     Delivery,
@@ -26,6 +27,7 @@ from hipa_deploy.serve.service import (
 )
 from hipa_deploy.serve.web.api_errors import ApiError, queue_full
 from hipa_deploy.serve.web.request_log import log
+from hipa_deploy.serve.web.told_errors import OWN, Terms, told
 
 # JSON numbers of JavaScript are exact up to 2**53. A drawn seed must survive such a client.
 _DRAWN_SEEDS = 2**53
@@ -128,7 +130,7 @@ def seeds_from(service: ImageService, first: int | None, count: int, param: str)
     """The seeds of an order; without a first one it is drawn.
 
     Raises:
-        ApiError: more images than this service makes in a request.
+        ApiError: more images than this service makes in a request, or more than seeds are left.
 
     """
     if count > service.limits.images:
@@ -141,6 +143,14 @@ def seeds_from(service: ImageService, first: int | None, count: int, param: str)
         )
     if first is None:
         first = secrets.randbelow(_DRAWN_SEEDS - count)
+    if first + count > SEED_LIMIT:
+        raise ApiError(
+            400,
+            f"seed: the {count} images would have the seeds {first} to {first + count - 1}. "
+            f"Expected at most {SEED_LIMIT - 1}. Choose a lower seed, or fewer images.",
+            "invalid_value",
+            param="seed",
+        )
     return range(first, first + count)
 
 
@@ -209,8 +219,16 @@ def size_of(text: str | None) -> tuple[int | None, int | None]:
     return int(found[2]), int(found[1])
 
 
-async def deliver(service: ImageService, request: Request, order: Order) -> Delivery:
+async def deliver(
+    service: ImageService, request: Request, order: Order, terms: Terms = OWN
+) -> Delivery:
     """Make the images of an order; every refusal becomes an answer.
+
+    Args:
+        service: makes them.
+        request: that asks for them.
+        order: what is asked for.
+        terms: the words of the API that the request is of.
 
     Raises:
         ApiError: why there are none.
@@ -229,16 +247,16 @@ async def deliver(service: ImageService, request: Request, order: Order) -> Deli
     request.scope["queued"]()
     try:
         delivery = await service.deliver(order, gone)
+    except RequestError as error:
+        raise told(error, order, terms) from None
     except NotFiniteError as error:
-        raise ApiError(500, str(error), "not_finite") from None
-    except BackendFailedError as error:
+        log("not finite", logging.ERROR, model=order.model.name, reason=str(error))
+        words = f"A network of {order.model.name} gave NaN or infinity. Nothing was made."
+        raise ApiError(500, words, "not_finite") from None
+    except HipaError as error:
         # Only the log names files: what failed is the owner's business, and not who asked for it.
         log("backend failed", logging.ERROR, model=order.model.name, reason=str(error))
         raise ApiError(500, f"{order.model.name} failed. Try again.", "backend_failed") from None
-    except HipaError as error:
-        # Messages of bundles name their folder, which is nobody's business.
-        words = str(error).replace(str(order.model.served.bundle.root), order.model.name)
-        raise ApiError(400, words, "invalid_request") from None
     except NotReadyError:
         raise ApiError(
             503,

@@ -29,6 +29,7 @@ from hipa_deploy.serve.web.answering import (
 from hipa_deploy.serve.web.api_errors import ApiError
 from hipa_deploy.serve.web.request_body import Form, json_fields
 from hipa_deploy.serve.web.schemas import OpenAiFields
+from hipa_deploy.serve.web.told_errors import OPENAI
 
 router = APIRouter(route_class=DirectRoute)
 
@@ -153,7 +154,7 @@ def _order(service: ImageService, model: Model, fields: OpenAiFields, **from_ima
 async def _answer(
     service: ImageService, request: Request, fields: OpenAiFields, order: Order
 ) -> dict[str, Any]:
-    delivery = await deliver(service, request, order)
+    delivery = await deliver(service, request, order, OPENAI)
     return {
         "created": int(time.time()),
         "data": _images(delivery),

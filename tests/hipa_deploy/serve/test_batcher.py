@@ -11,7 +11,7 @@ from queue import Queue
 import numpy as np
 import pytest
 
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, RequestError
 from hipa_deploy.generate.jobs.image_job import ImageJob, MadeImage
 from hipa_deploy.serve import batcher as batcher_module
 from hipa_deploy.serve.batcher import (
@@ -308,6 +308,27 @@ def test_an_error_hits_only_whose_fault_it_is(engine: Gate, batcher: Batcher) ->
         work.done.result(WAIT)
     with pytest.raises(BackendFailedError, match="bad"):
         works[1].done.result(WAIT)
+
+
+def test_a_request_at_fault_says_nothing_of_the_backend(
+    engine: Gate, watched: tuple[Batcher, Queue[bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of some prompts it is found in the batch alone, as where their weights cancel out."""
+    batcher, told = watched
+    submit(batcher, "a").done.result(WAIT)
+
+    def refuse(*_: object) -> list[MadeImage]:
+        raise RequestError("the weights cancel out", argument="prompt")
+
+    with monkeypatch.context() as changed:
+        changed.setattr(engine, "make", refuse)
+        for _ in range(batcher_module.FAILURES):
+            with pytest.raises(RequestError, match="cancel out"):
+                submit(batcher, "b").done.result(WAIT)
+    submit(batcher, "c").done.result(WAIT)
+    # No image was made for nobody, to try the backend.
+    assert prompts(engine) == ["a", "c"]
+    assert told.empty()
 
 
 def test_an_adaptor_that_does_not_load(engine: Gate, batcher: Batcher) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from hipa_deploy import extras
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.commands.app import main
-from hipa_deploy.errors import HipaError
+from hipa_deploy.errors import HipaError, RequestError
 from hipa_deploy.generate.jobs.finite import NotFiniteError
 from hipa_deploy.images.example_source import example_image
 from hipa_deploy.serve.batcher import BackendFailedError, QueueFullError, StoppingError
@@ -189,8 +189,11 @@ def test_an_order_outlives_two_replicas_and_not_three(bundles: dict[str, Bundle]
 
 def test_refusals_are_those_of_the_single_machine(bundles: dict[str, Bundle]) -> None:
     service, here = service_of(bundles["tiny"], Limits(queue=100, seconds=60, images=100))
-    with pytest.raises(HipaError, match="height"):
+    with pytest.raises(RequestError, match=r"height 7 .* --dynamic") as caught:
         deliver(service, seeds=[1], height=7)
+    assert caught.value.argument == "height"
+    assert caught.value.told == "height 7 is not a size of this model. Expected 32."
+    assert caught.value.owner == "export it for other sizes"
     with pytest.raises(QueueFullError):
         deliver(service, seeds=range(9))  # the replica's own queue has 8 places
 
@@ -247,10 +250,9 @@ def test_another_bundle_under_the_path_is_refused(bundles: dict[str, Bundle]) ->
         Replica("m", root, "0" * 64, "auto", LIMITS)
 
 
-def test_a_refusal_does_not_name_the_replicas_folder(
+def test_a_file_that_cannot_be_read_is_not_the_orders_fault(
     bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command may have been given another path of the folder, such as a relative one."""
     replica = replica_of(bundles["tiny"])
     root = str(bundles["tiny"].root)
 
@@ -261,7 +263,8 @@ def test_a_refusal_does_not_name_the_replicas_folder(
     models = Models([f"m={root}"])
     order = carried(Order(model=models.by_name["m"], prompt=PROMPT, seeds=[1]))
     refused = asyncio.run(replica.deliver(order))
-    assert refused == Refusal("order", "m/unet.onnx cannot be read.")
+    assert refused == Refusal("failed", f"{root}/unet.onnx cannot be read.")
+    assert isinstance(refused.error(), BackendFailedError)
     replica.close()
 
 

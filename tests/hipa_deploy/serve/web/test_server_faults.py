@@ -43,6 +43,8 @@ def test_an_adaptor_that_overflows(tmp_path: Path) -> None:
         assert answer.json()["error"]["code"] == "not_finite"
         assert answer.json()["error"]["type"] == "server_error"
         assert str(tmp_path) not in answer.text
+        assert "--" not in answer.text
+        assert "--dtype" in it.wait_for("not finite", model=broken)["reason"]
         order = {"prompt": "a red pear", "model": sound}
         assert client.post("/hipa/generate", json=order).status_code == 200
         assert [line for line in it.lines if line["event"] == "bug"] == []
