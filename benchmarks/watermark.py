@@ -6,11 +6,11 @@ unmarked image is taken for a marked one; and the time of marking and reading.
 
 Command, from the repository's root::
 
-    python benchmarks/watermark.py FOLDER_OF_PHOTOS [--generated 20] [--unmarked 500]
+    python benchmarks/watermark.py [FOLDER_OF_PHOTOS] [--generated 20] [--unmarked 500]
 
 Photos are cropped and scaled to 512 x 512. ``--generated`` adds sheets of 512 x 512 pixels that are
-made of 64 images of the embedded bundle, and as many single images of it that are enlarged eight
-times. Unmarked images are random crops of the same pictures, of 256 to 512 pixels, some mirrored.
+full of images of the embedded bundle, and as many single images of it that are enlarged to that
+size. Unmarked images are random crops of the same pictures, of 256 to 512 pixels, some mirrored.
 
 Expected time: about 2 s a picture and 0.2 s an unmarked image, on one thread of a CPU.
 """
@@ -103,14 +103,22 @@ def photos(folder: Path) -> list[np.ndarray]:
 
 
 def generated(count: int) -> list[np.ndarray]:
+    """``count`` sheets of the embedded bundle's images, each with one of them enlarged."""
     found = []
     with OneStepPipeline.load("emoji") as pipe:
+        across = SIDE // pipe.bundle.manifest.one_step.height
+        each = across**2
         for number in range(count):
-            result = pipe("3d emoji of a red apple", seed=64 * number, count=64)
-            rows = result.images_BHWC.reshape(8, 8, 64, 64, 3)
-            found.append(grid(list(rows), gap=0))
-            found.append(enlarge(result.images_BHWC[0], 8))
+            result = pipe("3d emoji of a red apple", seed=each * number, count=each)
+            found.append(sheet(result.images_BHWC, across))
+            found.append(enlarge(result.images_BHWC[0], across))
     return found
+
+
+def sheet(images_NHWC: np.ndarray, across: int) -> np.ndarray:
+    """Images side by side without gaps, ``across`` in a row and as many rows."""
+    columns = [images_NHWC[place::across] for place in range(across)]
+    return grid(columns, gap=0)
 
 
 def measure(name: str, images: list[np.ndarray], rng: np.random.Generator) -> None:
@@ -170,13 +178,16 @@ def unmarked(images: list[np.ndarray], count: int, rng: np.random.Generator) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("photos", type=Path)
+    parser.add_argument("photos", type=Path, nargs="?")
     parser.add_argument("--generated", type=int, default=0)
     parser.add_argument("--unmarked", type=int, default=500)
     options = parser.parse_args()
+    if options.photos is None and not options.generated:
+        parser.error("give a folder of photos, --generated, or both")
     rng = np.random.default_rng(0)
-    real = photos(options.photos)
-    measure("photos", real, rng)
+    real = photos(options.photos) if options.photos else []
+    if real:
+        measure("photos", real, rng)
     made = generated(options.generated)
     if made:
         measure("generated", made, rng)

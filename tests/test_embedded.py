@@ -10,7 +10,7 @@ from diffusers import LCMScheduler, StableDiffusionPipeline
 
 from hipa_deploy import OneStepPipeline
 from hipa_deploy.bundle.parity import compare
-from hipa_deploy.embedded import ADAPTOR, BUNDLE, MODEL
+from hipa_deploy.embedded import ADAPTOR, ADAPTORS, BUNDLE, MODEL
 from hipa_deploy.export.export_bundle import export_bundle
 from hipa_deploy.export.export_options import ExportOptions
 from hipa_deploy.generate.noise import initial_noise
@@ -21,6 +21,12 @@ from hipa_deploy.train.evaluation.quality import kid_lite0, one_step_images, tea
 from hipa_deploy.train.recipes.recipe import load_recipe
 
 PROMPT = "3d emoji of a red apple"
+MEGABYTE = 10**6
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def one_step_image(adaptor: Path | None, seed: int) -> np.ndarray:
@@ -46,6 +52,16 @@ def test_the_adaptor_belongs_to_the_model_and_the_bundle_to_both() -> None:
     assert manifest.base_model.sha256 == metadata.base_unet_sha256
     assert manifest.adaptor is not None
     assert manifest.adaptor.sha256 == file_sha256(ADAPTOR / "pytorch_lora_weights.safetensors")
+
+
+def test_model_and_bundle_are_small_enough_to_be_carried() -> None:
+    """Every clone and every installation has them."""
+    assert size(MODEL) + size(BUNDLE) <= 45 * MEGABYTE
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTORS))
+def test_each_adaptor_is_small(name: str) -> None:
+    assert size(ADAPTORS[name]) <= 5 * MEGABYTE
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from hipa_deploy import embedded
-from hipa_deploy.demo.contact_sheet import SHEET, SHEET_ROWS, write_sheet
+from hipa_deploy.demo.contact_sheet import SHEET, SHEET_ROWS, spread, write_sheet
 from hipa_deploy.demo.steps import (
     alone_in,
     build,
@@ -80,10 +80,8 @@ def _compare(task: Task, out: Path, console: Console) -> list[str]:
     console.rule("4. run and compare")
     recipe = load_recipe(f"{embedded.NAME}-{task}")
 
-    # Spread over the held-out prompts: neighbours in the list are alike.
     held_out = held_out_prompts(embedded.MODEL)
-    step = max(1, len(held_out) // SHEET_ROWS)
-    prompts = held_out[::step][:SHEET_ROWS]
+    prompts = [held_out[place] for place in spread(len(held_out), SHEET_ROWS)]
     seeds = [SEED + n for n in range(len(prompts))]
 
     # An edit starts from an image of the same thing in a style that was trained on.

@@ -18,25 +18,29 @@ from hipa_deploy.images.png import grid
 from hipa_deploy.train.evaluation.spectrum import mixed, radial_power
 
 SHOWN = 8  # rows of a picture
+# Inches of the spectra's figure.
+WIDE = (11, 4)
+TALL = (2.7, 6.0)
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     """A matplotlib figure without pyplot's global state.
 
     Args:
         width: In inches.
         height: In inches.
         columns: How many axes lie side by side.
+        rows: How many axes lie one under another.
 
     Returns:
-        The figure, and its axes: one object, or an array of ``columns`` of them.
+        The figure, and its axes: one object, or an array of them.
 
     """
     # Imported here: only reports need matplotlib, and it is slow to import.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(rows, columns)
 
 
 def save_figure(path: Path, figure: Any) -> None:
@@ -59,28 +63,34 @@ def save_picture(path: Path, pixels_HWC: np.ndarray) -> None:
     write_file(path, buffer.getvalue())
 
 
-def spectra_figure(path: Path, rows: Mapping[str, np.ndarray], truth: str) -> None:
+def spectra_figure(
+    path: Path, rows: Mapping[str, np.ndarray], truth: str, *, tall: bool = False
+) -> None:
     """Draw the radial power of several image sets, and its ratio to one of them.
 
     Args:
         path: The PNG to write.
         rows: Image sets by name, uint8 [N, H, W, 3].
         truth: Name of the set that the ratios refer to.
+        tall: Whether the ratio lies under the power in a narrow picture, rather than beside it.
 
     """
     power = {name: radial_power(images) for name, images in rows.items()}
-    figure, (left, right) = new_figure(11, 4, columns=2)
+    if tall:
+        figure, (first, second) = new_figure(*TALL, rows=2)
+    else:
+        figure, (first, second) = new_figure(*WIDE, columns=2)
 
     # Power falls over several decades, so the spectra need a logarithmic axis; differences between
     # sets show in the ratio alone.
     for name, values in power.items():
-        left.semilogy(values, label=name)
-        right.plot(values / power[truth], label=name)
+        first.semilogy(values, label=name)
+        second.plot(values / power[truth], label=name)
 
     frequency = "cycles an image side"
-    left.set(xlabel=frequency, ylabel="mean power", title="Radial power spectrum")
-    right.set(xlabel=frequency, ylabel=f"ratio to: {truth}", title="Ratio", ylim=(0, 2))
-    left.legend(fontsize="small")
+    first.set(xlabel=frequency, ylabel="mean power", title="Radial power spectrum")
+    second.set(xlabel=frequency, ylabel=f"ratio to: {truth}", title="Ratio", ylim=(0, 2))
+    first.legend(fontsize="small")
     save_figure(path, figure)
 
 

@@ -9,7 +9,16 @@ import pytest
 from PIL import Image
 
 from hipa_deploy.demo import contact_sheet
-from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, PROMPT_WIDTH, labelled_sheet, write_sheet
+from hipa_deploy.demo.contact_sheet import (
+    HEADING_HEIGHT,
+    HEADING_LINE_HEIGHT,
+    LINE_HEIGHT,
+    MARGIN,
+    PROMPT_WIDTH,
+    labelled_sheet,
+    spread,
+    write_sheet,
+)
 from hipa_deploy.images.png import read_parameters
 
 
@@ -53,3 +62,72 @@ def test_a_sheet_of_many_prompts_shows_some_of_all(
     with Image.open(path) as sheet:
         assert sheet.size == (PROMPT_WIDTH + 130, HEADING_HEIGHT + 2 * 130)
     assert read_parameters(path) == {"columns": ["one"], "rows": ["a", "c"]}
+
+
+def changed(one_HWC: np.ndarray, other_HWC: np.ndarray) -> tuple[slice, slice]:
+    """The smallest region with all the pixels in which two sheets differ."""
+    rows, columns = (one_HWC != other_HWC).any(axis=2).nonzero()
+    return slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+
+
+def inside(region: tuple[slice, slice], top: int, left: int, bottom: int, right: int) -> bool:
+    rows, columns = region
+    return top <= rows.start < rows.stop <= bottom and left <= columns.start < columns.stop <= right
+
+
+def test_each_line_of_a_heading_is_drawn_over_its_column() -> None:
+    images_NHWC = colours(255)
+    before = labelled_sheet({"base": images_NHWC, "HiPA\n45 ms": images_NHWC}, ["a"])
+    after = labelled_sheet({"base": images_NHWC, "HiPA\n82 ms": images_NHWC}, ["a"])
+    left = PROMPT_WIDTH + 130
+    bottom = HEADING_HEIGHT + HEADING_LINE_HEIGHT
+    region = changed(before, after)
+    assert inside(region, HEADING_LINE_HEIGHT, left, bottom, left + 130)
+    # Letters that can be read: a figure of the latency is at least 12 pixels high.
+    assert region[0].stop - region[0].start >= 12
+
+
+def test_a_heading_that_is_too_wide_is_drawn_smaller() -> None:
+    images_NHWC = colours(255)
+    wide = "a heading of thirty characters"
+    sheet = labelled_sheet({wide: images_NHWC, "": images_NHWC}, ["a"])
+    assert sheet[:HEADING_HEIGHT, PROMPT_WIDTH : PROMPT_WIDTH + 130].min() < 100
+    assert (sheet[:HEADING_HEIGHT, PROMPT_WIDTH + 130 :] == 255).all()
+
+
+def test_a_long_prompt_ends_before_the_next_one() -> None:
+    columns = {"one": colours(255, 255)}
+    short = labelled_sheet(columns, ["", "next"])
+    long = labelled_sheet(columns, ["word " * 200, "next"])
+    assert inside(changed(short, long), HEADING_HEIGHT, 0, HEADING_HEIGHT + 130, PROMPT_WIDTH)
+
+
+def test_a_note_stands_above_the_headings() -> None:
+    columns = {"one": colours(0), "two": colours(0)}
+    plain = labelled_sheet(columns, ["a"])
+    noted = labelled_sheet(columns, ["a"], "how they were chosen")
+    height = LINE_HEIGHT + MARGIN
+    assert (noted[height:] == plain).all()
+    assert noted[:height].min() < 100
+
+
+def test_a_picture_lies_to_the_right_of_the_table_at_its_top(tmp_path: Path) -> None:
+    columns = {"one": colours(0)}
+    write_sheet(tmp_path / "plain.png", columns, ["a"])
+    red = Image.new("RGB", (20, 30), "red")
+    write_sheet(tmp_path / "both.png", columns, ["a"], beside=red)
+    plain = np.asarray(Image.open(tmp_path / "plain.png"))
+    both = np.asarray(Image.open(tmp_path / "both.png"))
+    width = plain.shape[1]
+    assert both.shape == (plain.shape[0], width + 20, 3)
+    assert (both[:, :width] == plain).all()
+    assert (both[:30, width:] == (255, 0, 0)).all()
+    assert (both[30:, width:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "places"),
+    [(10, 4, [0, 2, 5, 7]), (3, 8, [0, 1, 2]), (0, 8, []), (8, 8, list(range(8)))],
+)
+def test_places_are_spread_over_the_whole_list(count: int, most: int, places: list[int]) -> None:
+    assert spread(count, most) == places

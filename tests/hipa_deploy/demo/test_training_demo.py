@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,19 @@ from rich.console import Console
 from hipa_deploy.bundle.folder import Bundle
 from hipa_deploy.demo import contact_sheet, steps, training_length
 from hipa_deploy.demo import training_demo as demo
-from hipa_deploy.demo.contact_sheet import HEADING_HEIGHT, LINE_HEIGHT, PROMPT_WIDTH
+from hipa_deploy.demo.contact_sheet import (
+    HEADING_HEIGHT,
+    HEADING_LINE_HEIGHT,
+    LINE_HEIGHT,
+    MARGIN,
+    PROMPT_WIDTH,
+)
 from hipa_deploy.demo.steps import MARKER
+from hipa_deploy.embedded import MODEL
 from hipa_deploy.engines.store.sidecar import find_sidecars
 from hipa_deploy.errors import HipaError, MissingDependencyError
+from hipa_deploy.generate.prompt_files import read_prompt_file
+from hipa_deploy.images.png import read_parameters
 from hipa_deploy.train.prediction import training_cost
 
 
@@ -29,7 +39,8 @@ def test_demo_writes_what_it_says(
     monkeypatch.setenv("HIPA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(demo, "IMAGES", 8)
     monkeypatch.setattr(demo, "TIMED", 1)
-    monkeypatch.setattr(contact_sheet, "SHEET_ROWS", 4)
+    for module in (contact_sheet, demo):
+        monkeypatch.setattr(module, "SHEET_ROWS", 4)
     monkeypatch.setattr(steps, "LATENCY_RUNS", 5)
     monkeypatch.setattr(steps, "LATENCY_SECONDS", 0.0)
     monkeypatch.setattr(training_length, "QUICK", training_length.QUICK | short)
@@ -38,12 +49,7 @@ def test_demo_writes_what_it_says(
     text = console.export_text()
     assert "KID-Lite0" in text
     assert "none was run" in text
-    with Image.open(out / "contact_sheet.png") as sheet:
-        width = PROMPT_WIDTH + 4 * 258
-        with Image.open(out / "spectra.png") as spectra:
-            below = round(spectra.height * width / spectra.width)
-        # Three lines of headings, four rows of images, and the spectra under them.
-        assert sheet.size == (width, HEADING_HEIGHT + 2 * LINE_HEIGHT + 4 * 258 + below)
+    check_sheet(out, rows=4)
     bundle = Bundle.open(out / "bundle")
     bundle.verify()
     assert all(find_sidecars(bundle, stage, "rtx") for stage in bundle.stages)
@@ -52,6 +58,29 @@ def test_demo_writes_what_it_says(
     assert quality["images"] == 8
     assert {"base", "shipped", "hipa"} <= set(quality["rows"])
     assert (out / "adaptor/pytorch_lora_weights.safetensors").is_file()
+
+
+def check_sheet(out: Path, *, rows: int) -> None:
+    """A line of note, the table, and the spectra beside it; prompts of the whole file."""
+    width = PROMPT_WIDTH + 4 * 258
+    top = LINE_HEIGHT + MARGIN + HEADING_HEIGHT + 2 * HEADING_LINE_HEIGHT
+    with Image.open(out / "spectra.png") as spectra:
+        spectra_HWC = np.asarray(spectra.convert("RGB"))
+    sheet_HWC = np.asarray(Image.open(out / "contact_sheet.png"))
+    assert sheet_HWC.shape == (top + rows * 258, width + spectra_HWC.shape[1], 3)
+    assert sheet_HWC.shape[1] <= 1500
+    assert (sheet_HWC[: len(spectra_HWC), width:] == spectra_HWC).all()
+
+    parameters = read_parameters(out / "contact_sheet.png")
+    assert parameters is not None
+    for heading, count in zip(parameters["columns"], (25, 1, 1, 1), strict=True):
+        first, time, _ = heading.split("\n")
+        assert re.search(rf"\b{count} steps?$", first)
+        assert re.fullmatch(r"\d+ ms, (PyTorch|bundle)", time)
+    held_out = read_prompt_file(MODEL / "prompts_pair.txt")
+    # A quarter of the sheet's prompts from each quarter of the file.
+    quarters = [4 * held_out.index(prompt) // len(held_out) for prompt in parameters["rows"]]
+    assert quarters == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("slowness", "number"), [(0.1, 0), (1.0, 1), (100.0, 2)])
@@ -111,10 +140,11 @@ def test_missing_extras_come_with_the_command(
     assert not (tmp_path / "demo").exists()
 
 
-def test_the_sheet_shows_first_what_changed_most() -> None:
-    one_NHWC = np.zeros((4, 2, 2, 3), np.uint8)
+def test_of_each_part_the_sheet_shows_what_changed_most() -> None:
+    one_NHWC = np.zeros((6, 2, 2, 3), np.uint8)
     other_NHWC = one_NHWC.copy()
     other_NHWC[1] = 9
     other_NHWC[3] = 200
-    assert demo._most_changed(["a", "b", "c", "d"], one_NHWC, other_NHWC) == [3, 1, 0, 2]
-    assert demo._most_changed(["a", "b", "a", "b"], one_NHWC, other_NHWC) == [3, 0]
+    other_NHWC[2] = 100
+    assert demo._most_changed(one_NHWC, other_NHWC, 3) == [1, 3, 4]
+    assert demo._most_changed(one_NHWC, other_NHWC, 2) == [2, 3]

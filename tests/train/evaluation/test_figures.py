@@ -37,3 +37,9 @@ def test_a_picture_is_stored_twice_as_large_with_its_own_pixels(tmp_path: Path) 
 def test_the_spectra_are_a_png(tmp_path: Path) -> None:
     spectra_figure(tmp_path / "spectra.png", {"a": images(0), "b": images(1)}, "a")
     assert Image.open(tmp_path / "spectra.png").size == (11 * 120, 4 * 120)
+
+
+def test_tall_spectra_are_narrow(tmp_path: Path) -> None:
+    rows = {"a": images(0), "b": images(1)}
+    spectra_figure(tmp_path / "spectra.png", rows, "a", tall=True)
+    assert Image.open(tmp_path / "spectra.png").size == (324, 720)
