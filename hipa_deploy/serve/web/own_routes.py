@@ -9,11 +9,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from hipa_deploy.generate.refine.refiner import refine_settings
+from hipa_deploy.serve.accept_header import accepted_format
 from hipa_deploy.serve.image_files import BEST, MEDIA_TYPES
 from hipa_deploy.serve.serve_metrics import CONTENT_TYPE
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import Delivery, ImageService, Order
-from hipa_deploy.serve.web.accept_header import accepted_format
 from hipa_deploy.serve.web.answering import (
     DirectRoute,
     check_prompt_length,
