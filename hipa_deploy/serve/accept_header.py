@@ -6,12 +6,24 @@ import re
 from collections.abc import Sequence
 
 from hipa_deploy.serve.image_files import MEDIA_TYPES, Format
-from hipa_deploy.serve.web.api_errors import ApiError
 
 _FORMATS = {media_type: name for name, media_type in MEDIA_TYPES.items()}
 _ANY_IMAGE = "image/*"
 _JSON = ("application/json", "application/*", "*/*")
 _WEIGHT = re.compile(r";\s*q\s*=\s*([01](?:\.\d{0,3})?)\s*(?:;|$)", re.IGNORECASE)
+
+
+class NotAcceptedError(Exception):
+    """A client accepts images alone, and none in the format that it asks for.
+
+    Args:
+        named: media types that it accepts.
+
+    """
+
+    def __init__(self, named: Sequence[str]) -> None:
+        super().__init__(f"accepted are {', '.join(named)}")
+        self.named = tuple(named)
 
 
 def accepted_format(headers: Sequence[str], asked: Format | None) -> Format | None:
@@ -25,7 +37,7 @@ def accepted_format(headers: Sequence[str], asked: Format | None) -> Format | No
         None where the client wants JSON.
 
     Raises:
-        ApiError: it accepts images alone, and none of them in the format that it asks for.
+        NotAcceptedError: it accepts images alone, and none in the format that it asks for.
 
     """
     kinds = _by_preference(",".join(headers))
@@ -38,13 +50,7 @@ def accepted_format(headers: Sequence[str], asked: Format | None) -> Format | No
             return _FORMATS[kind]
     named = dict.fromkeys(kind for kind in kinds if kind in _FORMATS)
     if named:
-        raise ApiError(
-            400,
-            f"output_format: {asked} is not what the header Accept names: {', '.join(named)}. "
-            "Leave one of the two out.",
-            "invalid_value",
-            param="output_format",
-        )
+        raise NotAcceptedError(list(named))
     return None
 
 

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from hipa_deploy.generate.refine.refiner import refine_settings
-from hipa_deploy.serve.accept_header import accepted_format
-from hipa_deploy.serve.image_files import BEST, MEDIA_TYPES
+from hipa_deploy.serve.accept_header import NotAcceptedError, accepted_format
+from hipa_deploy.serve.image_files import BEST, MEDIA_TYPES, Format
 from hipa_deploy.serve.serve_metrics import CONTENT_TYPE
 from hipa_deploy.serve.served import Model
 from hipa_deploy.serve.service import Delivery, ImageService, Order
@@ -157,7 +157,7 @@ def _in_format(request: Request, fields: FieldsOfRoute) -> FieldsOfRoute:
 
     """
     asked = fields.output_format if "output_format" in fields.model_fields_set else None
-    accepted = accepted_format(request.headers.getlist("accept"), asked)
+    accepted = _accepted(request, asked)
     if accepted is None:
         return fields
     return fields.model_copy(update={"output_format": accepted})
@@ -189,7 +189,7 @@ def _model(service: ImageService, fields: OwnFields, task: str, prompt: str) -> 
 
 async def _answer(service: ImageService, request: Request, order: Order) -> Response:
     """The bytes of one image where the client asks for an image, else JSON."""
-    as_bytes = accepted_format(request.headers.getlist("accept"), order.format) is not None
+    as_bytes = _accepted(request, order.format) is not None
     # Before any of them is made.
     if as_bytes and len(order.seeds) > 1:
         raise ApiError(
@@ -265,3 +265,22 @@ def _described(model: Model) -> dict[str, Any]:
         "batch_sizes": list(served.batch_sizes) if served.batch_sizes else None,
         "ready": served.ready,
     }
+
+
+def _accepted(request: Request, asked: Format | None) -> Format | None:
+    """The format of the bytes that a client wants; None where it wants JSON.
+
+    Raises:
+        ApiError: it accepts images alone, and none in the format that it asks for.
+
+    """
+    try:
+        return accepted_format(request.headers.getlist("accept"), asked)
+    except NotAcceptedError as error:
+        raise ApiError(
+            400,
+            f"output_format: {asked} is not what the header Accept names: "
+            f"{', '.join(error.named)}. Leave one of the two out.",
+            "invalid_value",
+            param="output_format",
+        ) from None
