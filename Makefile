@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 DEMO := demo
 NEWEST := .venv-newest
 NEWEST_TESTS := tests/hipa_deploy/models tests/train tests/export tests/test_prompt_encoding.py
+RAY := .venv-ray
+RAY_TESTS := tests/hipa_deploy/bulk tests/hipa_deploy/serve/cluster \
+	'tests/hipa_deploy/test_extras.py::test_nothing_is_missing_here[ray]'
 
 # Container images often set it. Then each of the many processes that the tests start would compile
 # torch and what lies on it anew: 8.5 s an import in place of 4.1.
@@ -14,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 FUZZ_CASES := 300
 TESTS := not gpu and not thorough
 
-.PHONY: demo test tests test-all test-newest fuzz lint types docs wheels-for-gpu clean
+.PHONY: demo test tests test-all test-newest test-ray fuzz lint types docs wheels-for-gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/hipa-demo --out $(DEMO)
@@ -36,6 +39,10 @@ test-all: lint
 # their own. To try newer ones, remove .venv-newest first.
 test-newest: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest -m "$(TESTS)" $(NEWEST_TESTS)
+
+# The tests on a local Ray cluster, which `make test` skips: Ray is large, and no part of the extra dev.
+test-ray: $(RAY)/installed
+	$(RAY)/bin/python -m pytest -m "$(TESTS)" $(RAY_TESTS)
 
 # Hostile files, FUZZ_CASES of each format; what fails is shrunk and printed (tests/hostile).
 fuzz: $(VENV)/installed
@@ -74,6 +81,13 @@ $(NEWEST)/installed: pyproject.toml
 	$(NEWEST)/bin/python -m pip install --quiet --no-compile --upgrade --upgrade-strategy eager \
 		-c $(NEWEST)/torch.txt -e '.[train,export,captions,openvino,publish,serve,sign,c2pa]' \
 		filelock hypothesis packaging pytest setuptools
+	touch $@
+
+# No torch: what is served and made in shards runs without it.
+$(RAY)/installed: pyproject.toml constraints.txt
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/python -m pip install --quiet --no-compile -c constraints.txt -e '.[ray]' \
+		filelock h11 httpx hypothesis packaging pytest setuptools
 	touch $@
 
 clean:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -129,6 +131,24 @@ def test_the_composed_service_takes_its_options() -> None:
     for name in re.findall(files, text, re.MULTILINE):
         assert (ROOT / name).is_file() or (ROOT / "docker" / name).is_file()
     assert "been run by us" in text
+
+
+def test_the_image_of_prometheus_has_a_version() -> None:
+    text = (ROOT / "docker/compose.yml").read_text()
+    assert re.search(r"^    image: prom/prometheus:v\d+\.\d+\.\d+$", text, re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+    key = tmp_path / "key.txt"
+    key.write_text("0" * 32)
+    shipped = (ROOT / "docker/prometheus.yml").read_text()
+    assert "/etc/prometheus/key.txt" in shipped
+    config = tmp_path / "prometheus.yml"
+    config.write_text(shipped.replace("/etc/prometheus/key.txt", str(key)))
+    command = ["promtool", "check", "config", str(config)]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/tutorials/jetson.md"])

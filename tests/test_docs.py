@@ -23,7 +23,7 @@ NAMING = [
     path
     for pattern in ("*.md", "*.yml", "*.toml", "docker/*", "*/**/*.py", "*/**/*.toml")
     for path in ROOT.glob(pattern)
-    if path.relative_to(ROOT).parts[0] not in {".venv", "build", "site"}
+    if not path.relative_to(ROOT).parts[0].startswith((".venv", "build", "site"))
 ]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from onnxruntime import InferenceSession
 from PIL import Image
 from transformers import CLIPImageProcessor
 
@@ -35,7 +36,7 @@ from hipa_deploy.export.references import References
 from hipa_deploy.export.writer import StageWriter
 from hipa_deploy.marks.records import Marks, SafetySettings, parse_marks
 from hipa_deploy.marks.safety import SafetyChecker, flagged_concepts, prepare_pixels
-from tests.safety_model import add_safety_checker, pictures
+from tests.safety_model import add_safety_checker, add_true_shapes, pictures
 from tests.served import running
 from tests.tiny_model import make_model
 
@@ -231,6 +232,32 @@ def test_the_network_in_half_precision(model: Path, tmp_path: Path) -> None:
     written = writer.write(safety_source(model), references.tensors)
     assert written.stage.precision == "fp16"
     assert np.abs(written.output - cosines_BN).max() < 5e-3
+
+
+@pytest.mark.slow
+@pytest.mark.thorough
+def test_the_true_shapes_give_what_the_original_gives(tmp_path: Path) -> None:
+    """ViT-L/14 of random weights: 304 million parameters, one image at 224 pixels."""
+    original = add_true_shapes(tmp_path / "model")
+    assert sum(weight.numel() for weight in original.vision_model.parameters()) > 300_000_000
+    settings = settings_of(tmp_path / "model")
+    pixels_B3SS = prepare_pixels(pictures(3, 300, 260), settings)
+    assert pixels_B3SS.shape == (3, 3, 224, 224)
+    expected_BN = reference_cosines(original, torch.from_numpy(pixels_B3SS)).numpy()
+    del original
+
+    feed = {"pixels": pixels_B3SS[:1], "cosines": expected_BN[:1]}
+    specs = {"safety_checker": safety_spec(settings)}
+    writer = StageWriter(tmp_path / "out", "fp32", specs, References("", (0,), feed))
+    written = writer.write(safety_source(tmp_path / "model"), feed)
+    session = InferenceSession(
+        tmp_path / "out" / written.stage.path, providers=["CPUExecutionProvider"]
+    )
+    for pixels_3SS, expected_N in zip(pixels_B3SS, expected_BN, strict=True):
+        (cosines_BN,) = session.run(None, {"pixels": pixels_3SS[None]})
+        np.testing.assert_allclose(cosines_BN[0], expected_N, rtol=0, atol=1e-5)
+    # Pictures that differ, or the agreement says nothing.
+    assert np.abs(expected_BN[0] - expected_BN[1]).max() > 1e-3
 
 
 def test_what_the_owner_wants_is_in_the_manifest(bundle: Bundle) -> None:

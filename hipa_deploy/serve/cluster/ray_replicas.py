@@ -168,6 +168,7 @@ def join_ray(address: str) -> None:
         with keeping_handlers():
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         _quieten("ray")
+        _silence_raylets()
     except (ConnectionError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"
         raise HipaError(
@@ -216,7 +217,7 @@ def start_replicas(
     except RuntimeError as error:
         for replicas in started.values():
             replicas.close()
-        raise HipaError(f"Ray cannot start {served.name}: {_reason(error)}") from None
+        raise HipaError(f"Ray cannot start {served.name}: {reason_of(error)}") from None
     return started
 
 
@@ -228,8 +229,27 @@ def _quieten(name: str) -> None:
     logger.setLevel(logging.WARNING)
 
 
-def _reason(error: Exception) -> str:
-    """What a replica said when it failed to start, in one line."""
+def keep_off_the_console(name: str) -> None:
+    """Let a library's logger write to its own file alone: its errors reach us as exceptions."""
+    logger = logging.getLogger(name)
+    for handler in list(logger.handlers):
+        if isinstance(handler, logging.StreamHandler):
+            logger.removeHandler(handler)
+
+
+def _silence_raylets() -> None:
+    """Keep what raylets say, such as that a worker has died, off the standard output.
+
+    ``log_to_driver`` is about the workers' own lines. For these Ray has no public switch: this is
+    the one that its debugger uses.
+    """
+    from ray._private import worker
+
+    worker._worker_logs_enabled = False
+
+
+def reason_of(error: Exception) -> str:
+    """What a replica or an actor said when it failed, in one line."""
     found = _HIPA_ERROR.findall(str(error))
     if found:
         return next(words for words in found[-1] if words).strip()
