@@ -149,7 +149,8 @@ def _check_watermark(options: ExportOptions, settings: TaskSettings, step: OneSt
         if name in options.dynamic:
             largest[i] = options.dynamic[name].max
     try:
-        check_side(*largest)
+        height, width = largest
+        check_side(height, width)
     except HipaError as error:
         raise HipaError(f"--mark watermark: {error}") from None
 
