@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hipa_deploy.checker_options import AllowCodeOption, CheckerOption
 from hipa_deploy.errors import HipaError, HipaWarning
 
 if TYPE_CHECKING:
@@ -49,21 +50,8 @@ def bulk(
             "and the certificates.",
         ),
     ] = None,
-    checker: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="A function of yours that sees every image and may withhold it. Needs "
-            "--allow-code.",
-        ),
-    ] = None,
-    allow_code: Annotated[
-        bool,
-        typer.Option(
-            "--allow-code",
-            help="Let --checker run code. Its module is imported, so allow only what you trust.",
-        ),
-    ] = False,
+    checker: CheckerOption = None,
+    allow_code: AllowCodeOption = False,
     ray: Annotated[
         str | None,
         typer.Option(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hipa_deploy.checker_options import AllowCodeOption, CheckerOption
 from hipa_deploy.commands.files.file_settings import (
     FileSettings,
     check_image_size,
@@ -22,12 +23,10 @@ from hipa_deploy.commands.make_images import (
 )
 from hipa_deploy.commands.options import (
     AdaptorOption,
-    AllowCodeOption,
     BackendOption,
     BundleArgument,
     C2paOption,
     CacheOption,
-    CheckerOption,
     CountOption,
     FileFormat,
     ForceOption,

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from hipa_deploy.checker_options import AllowCodeOption, CheckerOption
 from hipa_deploy.commands.files.file_settings import check_image_size, file_settings
 from hipa_deploy.commands.make_images import image_outputs, make_images
 from hipa_deploy.commands.options import (
     AdaptorOption,
-    AllowCodeOption,
     BackendOption,
     C2paOption,
     CacheOption,
-    CheckerOption,
     CountOption,
     ForceOption,
     FormatOption,

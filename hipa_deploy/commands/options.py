@@ -204,21 +204,6 @@ C2paOption = Annotated[
         "certificates that follow it in the same file.",
     ),
 ]
-CheckerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--checker",
-        metavar="MODULE:FUNCTION",
-        help="A function of yours that sees every image and may withhold it. Needs --allow-code.",
-    ),
-]
-AllowCodeOption = Annotated[
-    bool,
-    typer.Option(
-        "--allow-code",
-        help="Let --checker run code. Its module is imported, so allow only what you trust.",
-    ),
-]
 CountOption = Annotated[int, typer.Option(help="How many images to make of each prompt.")]
 HeightOption = Annotated[
     int | None,

@@ -32,8 +32,8 @@ from hipa_deploy.images.source import (
 )
 from hipa_deploy.marks.content_credentials import ContentSigner
 from hipa_deploy.marks.marker import encode_marked, require_signer
-from hipa_deploy.marks.safety import Checker, CheckerError
-from hipa_deploy.serve.batcher import BackendFailedError, Batcher, Work
+from hipa_deploy.marks.safety import Checker
+from hipa_deploy.serve.batcher import Batcher, Work
 from hipa_deploy.serve.file_wait import FileWait
 from hipa_deploy.serve.image_files import BEST, Format, mask_of_alpha, open_upload
 from hipa_deploy.serve.serve_metrics import ServeMetrics
@@ -232,9 +232,10 @@ class ImageService:
 
         Raises:
             RequestError: something is wrong with the order.
-            HipaError: something is wrong with the bundle or with what signs its files.
+            HipaError: something is wrong with the bundle, with a checker or with what signs its
+                files.
             NotFiniteError: a network gave NaN or infinity.
-            BackendFailedError: a backend, an adaptor or a checker failed.
+            BackendFailedError: a backend or an adaptor failed.
             NotReadyError: the bundles are loading.
             QueueFullError: too many images wait.
             StoppingError: the service is stopping.
@@ -424,19 +425,11 @@ def _encoded(
     order: Order,
     signer: ContentSigner | None,
 ) -> _Files:
-    """Finish the images of an order, let the checkers see them, mark and encode them.
-
-    Raises:
-        BackendFailedError: a checker failed, which is not the order's fault.
-
-    """
+    """Finish the images of an order, let the checkers see them, mark and encode them."""
     begun = time.perf_counter()
     result = finished_result(made) if merge is None else merge_tiles(merge, made)
     height, width = result.images_BHWC.shape[1:3]
-    try:
-        shown = pipe.guard(result)
-    except CheckerError as error:
-        raise BackendFailedError(str(error)) from error
+    shown = pipe.guard(result)
 
     # OpenAI's scale has a 0, files do not. A WebP of the best quality is lossless: None.
     quality = max(1, order.quality)
