@@ -20,7 +20,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +38,6 @@ from hipa_deploy.errors import HipaError
 from hipa_deploy.train.evaluation.evaluation_request import reference_teacher
 from hipa_deploy.train.evaluation.quality import (
     kid,
-    lite0_features,
     one_step_images,
     pooled_features,
     teacher_images,
@@ -88,11 +87,17 @@ class Judge:
 
     def gap(self, images_NHWC: np.ndarray) -> tuple[float, float]:
         """The share of the KID gap that images close, and its spread over the noise seeds."""
-        base, _ = self._kids(self.reference.images[BASE])
-        floor, _ = self._kids(self.reference.images[self.reference.truth])
+        base, floor = self._ends
         pooled, repeats = self._kids(images_NHWC)
         shares = [(base - value) / (base - floor) for value in repeats]
         return (base - pooled) / (base - floor), statistics.stdev(shares)
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        """KID of the base model's images and of the teacher's: once for all rows of the table."""
+        base, _ = self._kids(self.reference.images[BASE])
+        floor, _ = self._kids(self.reference.images[self.reference.truth])
+        return base, floor
 
     def _kids(self, images_NHWC: np.ndarray) -> tuple[float, list[float]]:
         """KID of all images, and of those of each noise seed."""
@@ -113,6 +118,7 @@ def main(out: Report, adaptor: Adaptors = None) -> None:
     setting = read_setting(out)
     chosen = [resolve_adaptor(name) for name in adaptor or []]
     network = Lite1.pretrained()
+    usual_network = Lite0.pretrained()
     model = Path(setting["model"])
     teacher = reference_teacher(TeacherSettings(**setting["recipe"]["teacher"]))
     references = load_references(out / "runs" / FIRST)
@@ -126,7 +132,7 @@ def main(out: Report, adaptor: Adaptors = None) -> None:
         others = teacher_images(model, split.prompts, split.other_seeds, teacher)
         make = partial(one_step_images, model, prompts=split.prompts, seeds=split.seeds)
         seen = Judge(network, split, reference, pooled_features(network, others))
-        usual = Judge(Lite0.pretrained(), split, reference, lite0_features(others))
+        usual = Judge(usual_network, split, reference, pooled_features(usual_network, others))
         rows = dict(_rows(out, split, reference))
         rows |= {str(folder): make(folder) for folder in chosen}
         for title, images_NHWC in rows.items():
