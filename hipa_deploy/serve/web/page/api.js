@@ -2,12 +2,16 @@
 
 const KEY = "hipa-api-key"; // in sessionStorage: it is gone when the tab is closed
 
-/** An answer that is no image. `retryAfter` is in seconds, or null. */
+/**
+ * An answer that is no image. `field` is that of the request which cannot be used, or null.
+ * `retryAfter` is in seconds, or null.
+ */
 export class ServiceError extends Error {
-  constructor(words, { status = 0, code = null, retryAfter = null } = {}) {
+  constructor(words, { status = 0, code = null, field = null, retryAfter = null } = {}) {
     super(words);
     this.status = status;
     this.code = code;
+    this.field = field;
     this.retryAfter = retryAfter;
   }
 }
@@ -121,6 +125,7 @@ async function errorOf(answer) {
   return new ServiceError(error.message ?? `The service answered with status ${answer.status}.`, {
     status: answer.status,
     code: error.code ?? null,
+    field: error.param ?? null,
     retryAfter: Number.isFinite(wait) ? wait : null,
   });
 }

@@ -9,6 +9,8 @@ export const TASKS = {
 };
 // They do not change a picture: they take none, or one to follow, such as edges or a pose.
 const FROM_PROMPT = ["generate", "control"];
+// Fields of a request whose control has another name.
+const CONTROL_OF = { steps: "refine-steps", size: "width" };
 const SEED_LIMIT = 2n ** 63n; // the service's seeds are below
 
 /** A value of the form that cannot be sent, in words, and the control that holds it. */
@@ -155,12 +157,22 @@ export class Form {
     this.mark(null);
   }
 
+  /** The control of a field that the service names in an error; null for one that has none here. */
+  controlOf(field) {
+    return this.#controls.find((control) => control.id === (CONTROL_OF[field] ?? field)) ?? null;
+  }
+
   /** Mark the control that holds a wrong value; null marks none. */
   mark(control) {
-    for (const one of [this.prompt, this.seed, this.width, this.height, byId("refine-steps")]) {
+    for (const one of this.#controls) {
       if (one === control) one.setAttribute("aria-invalid", "true");
       else one.removeAttribute("aria-invalid");
     }
+  }
+
+  get #controls() {
+    const { prompt, seed, model, adaptor, width, height, strength, feather, scale } = this;
+    return [prompt, seed, model, adaptor, width, height, strength, feather, scale, byId("refine-steps")];
   }
 
   #readSeed() {

@@ -158,7 +158,7 @@ function showError(error, more = "") {
   byId("error-words").textContent = error.message + more;
   byId("error").hidden = false;
   byId("retry").hidden = error instanceof FormProblem;
-  form.mark(error.control ?? null);
+  form.mark(error.control ?? form.controlOf(error.field));
   result.stale(result.shown !== null);
 }
 

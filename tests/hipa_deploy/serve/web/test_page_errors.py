@@ -117,6 +117,7 @@ def test_what_the_service_refuses_is_said_in_its_words(page: Any) -> None:
     page.fill("#prompt", "pear " * 79)  # 395 characters, and more tokens than the model takes
     page.keyboard.press("Enter")
     assert "tokens" in error_of(page)
+    assert page.get_attribute("#prompt", "aria-invalid") == "true"
     page.fill("#prompt", "pear " * 81 + "pear")
     assert "at most 400" in error_of(page)
     assert page.get_attribute("#prompt", "aria-invalid") == "true"
