@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -67,19 +68,28 @@ def merge_lora(
     """
     check_scale(scale)
 
-    # First compute all, so that a layer that does not fit leaves the model as it was.
-    weights: list[tuple[nn.Parameter, Tensor]] = []
+    # First compute every layer and keep none, so that one that does not fit leaves the model as it
+    # was. All new weights at once would take as much memory as the model does.
+    deque(_changed_layers(parts, lora, scale, option), maxlen=0)
+    for changes in _changed_layers(parts, lora, scale, option):
+        for parameter, value in changes:
+            parameter.copy_(value)
+
+
+def _changed_layers(
+    parts: Mapping[str, nn.Module], lora: LoraFile, scale: float, option: str
+) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+    """The parameters of each layer with their new values, one layer at a time."""
     for key, layer in lora.layers.items():
         if key.part not in parts:
             continue
         module = _module(parts[key.part], key)
         try:
             with as_line(f"layer {key} cannot be merged", "Copy or convert the file again."):
-                weights += _changed(key, layer, module, scale, option)
+                changes = _changed(key, layer, module, scale, option)
         except HipaError as error:
             raise HipaError(f"{lora.path}: {error}") from None
-    for parameter, value in weights:
-        parameter.copy_(value)
+        yield changes
 
 
 def _is_bare_text(part: str, model: nn.Module) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.graph.modules import named_encoder
+from hipa_deploy.models.lora import merge_lora as merge_module
 from hipa_deploy.models.lora.lora_file import read_lora
 from hipa_deploy.models.lora.merge_lora import merge_lora, module_names
 from tests.tiny_model import make_model
@@ -269,6 +272,27 @@ def test_a_layer_that_does_not_fit_changes_nothing(
     with pytest.raises(HipaError, match="It is for another model"):
         merge_lora(parts, read_lora(path, module_names(parts)))
     assert_same(dict(own.state_dict()), dict(unet.state_dict()))
+
+
+def test_the_new_weights_of_all_layers_are_never_in_memory_at_once(
+    unet: UNet2DConditionModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(unet, LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "conv1"]))
+    path = write(tmp_path / "x.safetensors", kohya(model))
+    changed = merge_module._changed
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    counts = []
+
+    def counted(*arguments: Any) -> Any:
+        changes = changed(*arguments)
+        alive.update(value for _, value in changes)
+        counts.append(len(alive))
+        return changes
+
+    monkeypatch.setattr(merge_module, "_changed", counted)
+    merged_here(unet, path)
+    assert len(counts) > 10
+    assert max(counts) <= 2  # a layer's, and those of the layer before, which are let go then
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
