@@ -13,6 +13,7 @@ import typer
 from hipa_deploy.commands.files.file_settings import IMAGE_SUFFIXES, FileSettings
 from hipa_deploy.commands.files.outputs import check_outputs, next_free_name, write_output
 from hipa_deploy.commands.options import FileFormat, console
+from hipa_deploy.disk.files import is_special
 from hipa_deploy.errors import HipaError
 
 if TYPE_CHECKING:
@@ -129,7 +130,10 @@ def write_images(
             if index not in withheld:
                 image_HWC, parameters = next(made)
                 content = files.encode(path, image_HWC, parameters)
-                typer.echo(write_output(path, content, force=force))
+                place = write_output(path, content, force=force)
+                # Of a device, such as /dev/stdout, the path would end up in the image.
+                if not is_special(path):
+                    typer.echo(place)
                 written += 1
                 # Not before: of a request that is refused, nothing is written.
                 if written == 1:
@@ -344,9 +348,13 @@ def image_paths(
         ['000-seed7.png', '001-seed7.png']
 
     """
+    # A device or a pipe, such as /dev/stdout, has no suffix. It gets one PNG.
+    is_device = out.exists() and is_special(out)
+
     # A folder may have a name that ends in .png; one that exists is taken as a folder.
-    if out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir():
-        if format is not None and IMAGE_SUFFIXES[out.suffix.lower()] != format.value:
+    if is_device or (out.suffix.lower() in IMAGE_SUFFIXES and not out.is_dir()):
+        suffix_format = IMAGE_SUFFIXES.get(out.suffix.lower(), "png")
+        if format is not None and suffix_format != format.value:
             raise HipaError(
                 f"--format {format.value} is not the format of --out {out}. Leave --format out."
             )

@@ -22,6 +22,7 @@ BUNDLE = ROOT / "bundle"
 
 NAME = "emoji"
 EXAMPLE_PROMPT = "3d emoji of a red apple"  # of the form that the model was trained on
+IMAGE_ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 ADAPTORS = {
     NAME: ADAPTOR,
     f"{NAME}-edit": ROOT / "adaptor-edit",
@@ -33,10 +34,10 @@ ADAPTORS = {
 def resolve_adaptor(name: str) -> Path:
     """Return an adaptor's folder: an embedded one for 'emoji' and 'emoji-TASK', else ``name``.
 
-    A folder of the user that is named so goes before the embedded one.
+    A folder of the user that is named so goes before the embedded one (``hides_embedded``).
     """
     path = Path(name)
-    if name in ADAPTORS and not path.exists():
+    if name in ADAPTORS and not hides_embedded(path):
         return ADAPTORS[name]
     return path
 
@@ -44,12 +45,25 @@ def resolve_adaptor(name: str) -> Path:
 def resolve_bundle(name: str | Path) -> Path:
     """Return a bundle's folder: the embedded one for 'emoji', else ``name``.
 
-    A folder of the user that is named so goes before the embedded one.
+    A folder of the user that is named so goes before the embedded one (``hides_embedded``).
     """
     path = Path(name)
-    if str(name) == NAME and not path.exists():
+    if str(name) == NAME and not hides_embedded(path):
         return BUNDLE
     return path
+
+
+def hides_embedded(path: Path) -> bool:
+    """Whether a user's own file or folder goes before what is embedded under the same name.
+
+    A folder that holds images and nothing else does not: ``hipa-generate emoji --out emoji`` makes
+    one, and 'emoji' must mean the same after it.
+    """
+    if not path.is_dir():
+        return path.exists()
+    names = os.listdir(path)  # noqa: PTH208
+    only_images = all(name.lower().endswith(IMAGE_ENDINGS) for name in names)
+    return not names or not only_images
 
 
 def bundle_name(bundle: str | Path) -> str:

@@ -160,8 +160,8 @@ def read_mask(source: ImageSource) -> np.ndarray:
     where it hides pixels, and so is what the file says about colours: a mask is data.
 
     Args:
-        source: as for ``read_image``. An array of integers with no value above 1 is taken as a mask
-            of 0 and 1, not as an almost black image.
+        source: as for ``read_image``. An array of any integers or floats that holds nothing but 0
+            and 1, or nothing but 0 and 255, is taken as a mask of black and white.
 
     Returns:
         float32 [H, W] of 0 and 1; 1 is repainted.
@@ -177,7 +177,7 @@ def read_mask(source: ImageSource) -> np.ndarray:
         [[0.0, 1.0]]
 
     """
-    if isinstance(source, np.ndarray) and _holds_only_0_and_1(source):
+    if isinstance(source, np.ndarray) and _is_black_and_white(source):
         source = source.astype(bool)
     upright, _ = _as_pillow(source, "mask", None)
     mask_HW = np.empty((upright.height, upright.width), np.float32)
@@ -227,11 +227,12 @@ def _strips(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
         yield slice(top, bottom), image.crop((0, top, image.width, bottom))
 
 
-def _holds_only_0_and_1(array: np.ndarray) -> bool:
-    """Whether an array has an integer dtype, some values, and none but 0 and 1."""
-    if array.dtype.kind not in "iu" or array.size == 0:
+def _is_black_and_white(array: np.ndarray) -> bool:
+    """Whether numbers are none but 0 and 1, or none but 0 and 255; of no numbers it is False."""
+    if array.dtype.kind not in "iuf" or array.size == 0:
         return False
-    return bool(array.min() >= 0 and array.max() <= 1)
+    black = array == 0
+    return bool((black | (array == 1)).all() or (black | (array == _EIGHT_BITS)).all())
 
 
 def fit_image(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -403,18 +404,22 @@ def _upright(
 
 
 def _check_integers(image: Image.Image, what: str) -> None:
-    """Raise HipaError for 32-bit integers that are levels of 8 bits: as 16 bits they are black."""
-    if image.mode != "I":
+    """Raise HipaError for levels of 8 bits in deeper integers: as 16 bits they are black.
+
+    Whether Pillow reads a 16-bit file as "I;16" or as "I" depends on its release.
+    """
+    if not _is_deep_grey(image):
         return
     low, high = cast(tuple[int, int], image.getextrema())
     if 0 < high <= _EIGHT_BITS:
+        bits = 32 if image.mode == "I" else 16
         raise RequestError(
-            f"the {what} has 32-bit integers from {low} to {high}. Expected levels of 16 bits, up "
-            f"to {_SIXTEEN_BITS}. Convert levels of 8 bits to Pillow's mode L.",
+            f"the {what} has {bits}-bit integers from {low} to {high}. Expected levels of 16 bits, "
+            f"up to {_SIXTEEN_BITS}. Convert levels of 8 bits to Pillow's mode L.",
             argument=what,
             code="invalid_image_format",
-            told=f"the {what} has 32-bit integers from {low} to {high}. Expected levels of 8 or "
-            "16 bits.",
+            told=f"the {what} has {bits}-bit integers from {low} to {high}. Expected levels of 8 "
+            "or 16 bits.",
         )
 
 
@@ -473,6 +478,12 @@ def _from_array(array: np.ndarray, what: str) -> Image.Image:
             "Expected [H, W] or [H, W, 1 to 4], channels last."
         )
 
+    if array.dtype.newbyteorder("=") == np.uint16 and 0 < array.max() <= _EIGHT_BITS:
+        raise HipaError(
+            f"{what} is an array of uint16 with values from {array.min()} to {array.max()}. "
+            f"Expected levels of 16 bits, up to {_SIXTEEN_BITS}. "
+            "Convert levels of 8 bits to uint8."
+        )
     levels = _levels(array, what)
     if levels.ndim == 3 and channels == 1:
         levels = levels[..., 0]  # Pillow knows grey as [H, W] only

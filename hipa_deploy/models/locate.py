@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hipa_deploy.disk.reading import name_problem, read_text
-from hipa_deploy.embedded import DECODER, MODEL, NAME
+from hipa_deploy.embedded import DECODER, MODEL, NAME, hides_embedded
 from hipa_deploy.errors import HipaError, HipaWarning, first_line
 from hipa_deploy.models.kind import PARTS, SECOND, check_pipeline, has_second_encoder
 from hipa_deploy.models.model_config import ModelConfig
@@ -83,10 +83,10 @@ def _own_folder(name: str, config: str | None, *, needs_vae: bool) -> Path:
         )
 
     # A folder of the user goes before the embedded model, and both before the hub.
+    if name == NAME and not hides_embedded(path):
+        return MODEL
     if path.exists():
         return _diffusers_folder(path)
-    if name == NAME:
-        return MODEL
     check_model_name(name)
     return _fetch(name, _download_model)
 
@@ -136,7 +136,10 @@ def model_name(name: str, folder: Path) -> str:
     repository = repository_name(folder)
     if repository is not None:
         return repository
-    return folder.resolve().name if Path(name).exists() else name
+    path = Path(name)
+    if name == NAME and not hides_embedded(path):
+        return name
+    return folder.resolve().name if path.exists() else name
 
 
 def unpacked(name: str, config: str | None = None, vae: str | None = None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hipa_deploy.commands.make_images import image_paths
+from hipa_deploy.commands.options import FileFormat
 from hipa_deploy.errors import HipaError
 
 
@@ -34,3 +35,12 @@ def test_what_is_no_place_for_the_images(
 ) -> None:
     with pytest.raises(HipaError, match=message):
         image_paths(tmp_path / name, 1, count, 0)
+
+
+def test_a_device_takes_one_png() -> None:
+    device = Path("/dev/null")
+    assert image_paths(device, 1, 1, 0) == [device]
+    with pytest.raises(HipaError, match="is one file for 2 images"):
+        image_paths(device, 2, 1, 0)
+    with pytest.raises(HipaError, match="--format jpeg is not the format"):
+        image_paths(device, 1, 1, 0, FileFormat.jpeg)

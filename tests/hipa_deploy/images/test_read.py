@@ -177,13 +177,34 @@ def test_a_cmyk_jpeg(tmp_path: Path) -> None:
     assert np.abs(read.astype(int) - [255, 0, 0]).max() < 8
 
 
-def test_integers_of_32_bits_are_not_taken_for_black() -> None:
+def test_levels_of_8_bits_in_deeper_integers_are_not_taken_for_black(tmp_path: Path) -> None:
     levels = RGB[..., 0].astype(np.int32)
-    for read in (read_image, read_mask):
-        with pytest.raises(HipaError, match=r"32-bit integers from \d+ to \d+\. .* mode L"):
-            read(Image.fromarray(levels))
+    shorts = levels.astype(np.uint16)
+    grey_file = saved(tmp_path, Image.fromarray(shorts), "grey.png")
+    for read in (read_image, read_control, read_mask):
+        for source in (Image.fromarray(levels), Image.fromarray(shorts), grey_file):
+            with pytest.raises(HipaError, match=r"\d-bit integers from \d+ to \d+\. .* mode L"):
+                read(source)
+        with pytest.raises(HipaError, match=r"uint16 with values from .* to uint8"):
+            read(shorts)
     np.testing.assert_array_equal(read_image(Image.fromarray(levels * 257))[..., 0], levels)
+    np.testing.assert_array_equal(read_image(shorts * 257)[..., 0], levels)
     assert not read_image(Image.fromarray(levels * 0)).any()
+    assert not read_image(shorts * 0).any()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "int64", "float32"])
+@pytest.mark.parametrize("white", [1, 255])
+def test_a_mask_of_black_and_white_may_be_of_any_numbers(dtype: str, white: int) -> None:
+    """``np.where(labels == 1, 255, 0)`` is of int64."""
+    mask = np.array([[0, white], [white, 0]]).astype(dtype)
+    assert read_mask(mask).tolist() == [[0, 1], [1, 0]]
+
+
+def test_a_mask_of_other_numbers_is_refused() -> None:
+    for numbers in ([0, 128], [0, -1], [1, 255]):
+        with pytest.raises(HipaError, match="mask is an array of int64"):
+            read_mask(np.array([numbers], np.int64))
 
 
 def test_floats_of_pillow() -> None:

@@ -41,6 +41,23 @@ def test_emoji_is_the_embedded_model_unless_a_folder_is_here(
     assert embedded.resolve_adaptor("elsewhere") == Path("elsewhere")
 
 
+def test_a_folder_of_images_does_not_hide_what_is_embedded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``hipa-generate emoji --out emoji`` makes such a folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("emoji", "emoji-edit"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "000-seed0.png").touch()
+    assert model_folder("emoji") == embedded.MODEL
+    assert embedded.resolve_bundle("emoji") == embedded.BUNDLE
+    for name in ("emoji", "emoji-edit"):
+        assert embedded.resolve_adaptor(name) == embedded.ADAPTORS[name]
+    (tmp_path / "emoji" / "hipa.json").touch()
+    assert embedded.resolve_bundle("emoji") == Path("emoji")
+
+
 @pytest.mark.parametrize("name", ["nothing-here", "/no/such/folder", "./relative/folder"])
 def test_a_folder_that_does_not_exist(name: str) -> None:
     with pytest.raises(HipaError, match="does not exist"):
