@@ -14,6 +14,7 @@ from hipa_deploy.engines.targets.memory_needs import Need
 from hipa_deploy.engines.targets.run_memory import StageSize
 from hipa_deploy.errors import HipaError
 from hipa_deploy.export.export_options import ExportOptions
+from hipa_deploy.export.export_request import early_model, has_safety_checker
 from hipa_deploy.fit.model_sizes import predicted_sizes
 from hipa_deploy.fit.target_choice import profile_for
 
@@ -146,6 +147,8 @@ def _changes(options: ExportOptions) -> list[tuple[str, Change]]:
         )
     if options.with_teacher:
         changes.append(("no --with-teacher", lambda old: replace(old, with_teacher=False)))
+    if options.safety and has_safety_checker(early_model(options.model).folder):
+        changes.append(("--mark no-safety", lambda old: replace(old, safety=False)))
     if options.layout == "onestep":
         if options.decoder is None:
             # Its size is always the same: which folder it is in does not matter.

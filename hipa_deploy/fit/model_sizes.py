@@ -13,7 +13,7 @@ from hipa_deploy.engines.build.memory_plan import (
 )
 from hipa_deploy.engines.targets.run_memory import StageSize, engine_activations_mib
 from hipa_deploy.export.export_options import ExportOptions
-from hipa_deploy.export.export_request import BYTES, early_model
+from hipa_deploy.export.export_request import BYTES, SAFETY, early_model, has_safety_checker
 from hipa_deploy.export.task import asked_size, choose_task
 from hipa_deploy.models.weights.early_check import known_shapes
 from hipa_deploy.tasks import takes_source
@@ -35,14 +35,15 @@ def predicted_sizes(options: ExportOptions) -> tuple[StageSize, ...] | None:
     """Predict what each stage of an export will take, in MiB, without torch.
 
     The weights follow from the files' headers. The activations of UNet and decoder follow from the
-    size of the images. Those of an image encoder are not predicted, and count nothing.
+    size of the images. Those of an image encoder and a safety checker are not predicted, and count
+    nothing.
 
     Args:
         options: a request that ``check_request`` has passed.
 
     Returns:
-        The stages in the order in which they run, and the base UNet that refines; None where the
-        weights are in files that torch alone can read.
+        The stages in the order in which they run, with the safety checker, and the base UNet that
+        refines; None where the weights are in files that torch alone can read.
 
     Raises:
         HipaError: as ``check_request``.
@@ -78,6 +79,11 @@ def predicted_sizes(options: ExportOptions) -> tuple[StageSize, ...] | None:
         generator = weights.pop("unet") + weights.pop(DECODER_STAGE)
         weights["generator"] = generator
         activations["generator"] = max(activations["unet"], activations[DECODER_STAGE])
+    if options.safety and has_safety_checker(model.folder):
+        checker = _count(known_shapes(model.folder / SAFETY))
+        if checker < 0:
+            return None
+        weights[SAFETY] = -(-checker * wide >> 20)
     if options.with_teacher:
         whole = _count(known_shapes(model.folder / "unet"))
         weights[TEACHER_STAGE] = -(-whole * wide >> 20)

@@ -107,7 +107,10 @@ def merge_tiles(
         raise HipaError(
             f"the tiles leave {(total_HW1 == 0).sum()} of {height * width} pixels uncovered."
         )
-    return np.rint(merged_HWC / total_HW1).astype(np.uint8)
+    # In place: of 16,384 pixels a side, the sums alone take 4 GiB.
+    merged_HWC /= total_HW1
+    np.rint(merged_HWC, out=merged_HWC)
+    return merged_HWC.astype(np.uint8)
 
 
 def _ramp(size: int) -> np.ndarray:

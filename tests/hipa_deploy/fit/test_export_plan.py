@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,23 @@ def test_the_base_unet_counts_too(request_for: ExportOptions) -> None:
     assert verdicts["refining: shared memory"] == "fits with --low-memory"
     with pytest.raises(HipaError, match="no --with-teacher"):
         plan_export(replace(crowded, batch=8, dtype="fp32"), "orin-nano")
+
+
+def test_the_safety_checker_counts_too(sd15: Path, tmp_path: Path) -> None:
+    """Stable Diffusion's has 304 million weights, the largest stage but the UNet."""
+    model = tmp_path / "model"
+    shutil.copytree(sd15, model)
+    (model / "safety_checker").mkdir()
+    weights = {"vision_model.weight": torch.empty(304_000, 1000, device="meta")}
+    write_header(model / "safety_checker" / "model.safetensors", weights)
+    options = ExportOptions(model=str(model), out=tmp_path / "out")
+    sizes = predicted_sizes(options)
+    without = predicted_sizes(replace(options, safety=False))
+    assert sizes is not None
+    assert sizes[:-1] == without == predicted_sizes(replace(options, model=str(sd15)))
+    assert (sizes[-1].stage, sizes[-1].weights) == ("safety_checker", 580)
+    with pytest.raises(HipaError, match="--mark no-safety"):
+        plan_export(replace(options, dtype="fp32", batch=16), "orin-nano")
 
 
 def test_the_orin_nano_takes_sd15_with_little_swap(request_for: ExportOptions) -> None:
