@@ -117,7 +117,7 @@ class Student:
             alpha=metadata.alpha,
             seed=recipe.seed,
         )
-        alphas = DDIMScheduler(**model.schedule).alphas_cumprod
+        alphas = DDIMScheduler(**model.schedule).alphas_cumprod.to(model.device)
         return cls(recipe, model, pairs, conditions, metadata, alphas, model.unguided())
 
     def batch(self, rows: Tensor, step: int) -> tuple[Tensor, Conditions, torch.Generator]:
@@ -128,23 +128,23 @@ class Student:
             step: Number of the step.
 
         Returns:
-            The teacher's latents float32 [B, C, H, W], the conditions, and a generator that
-            depends on the recipe's seed and the step alone, so that a resumed run is exact.
+            The teacher's latents float32 [B, C, H, W], the conditions, and a generator of the CPU
+            that depends on the recipe's seed and the step alone, so that a resumed run is exact.
 
         """
         generator = torch.Generator().manual_seed((self.recipe.seed << 32) + step)
-        latents_BCHW = self.pairs.latents_NCHW[rows].float()
+        latents_BCHW = self.pairs.latents_NCHW[rows].float().to(self.model.device)
         return latents_BCHW, self.conditions(self.pairs.prompt_N[rows]), generator
 
     def alpha_bar(self, timestep_B: Tensor) -> Tensor:
         """alpha_bar of each row, [B, 1, 1, 1]; it is 1 at timestep -1, where there is no noise."""
         values = self.alpha_bar_T[timestep_B.clamp_min(0)]
-        return torch.where(timestep_B < 0, torch.ones(()), values).view(-1, 1, 1, 1)
+        return torch.where(timestep_B < 0, 1.0, values).view(-1, 1, 1, 1)
 
     def noised(self, x0_BCHW: Tensor, timestep_B: Tensor, generator: torch.Generator) -> Tensor:
         """z = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, [B, C, H, W]."""
         # Fresh noise, not that of the pair: these methods do not know which noise led to x0.
-        noise = torch.randn(x0_BCHW.shape, generator=generator)
+        noise = torch.randn(x0_BCHW.shape, generator=generator).to(x0_BCHW.device)
         alpha_bar = self.alpha_bar(timestep_B)
         return alpha_bar.sqrt() * x0_BCHW + (1 - alpha_bar).sqrt() * noise
 
@@ -237,7 +237,8 @@ def train_consistency(
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
         # A random timestep of the solver, and the one that its step leads to.
         x0, conditions, generator = student.batch(rows, step)
-        now = torch.randint(1, SOLVER_STEPS + 1, (len(x0),), generator=generator) * skip - 1
+        drawn = torch.randint(1, SOLVER_STEPS + 1, (len(x0),), generator=generator)
+        now = drawn.to(x0.device) * skip - 1
         then = (now - skip).clamp_min(0)
         z = student.noised(x0, now, generator)
 
@@ -330,7 +331,7 @@ def progressive_loss(
     def loss_at(rows: Tensor, step: int) -> tuple[Tensor, Terms]:
         # A random step of the student, with the teacher's timestep in its middle.
         x0, conditions, generator = student.batch(rows, offset + step)
-        i = torch.randint(1, halved + 1, (len(x0),), generator=generator)
+        i = torch.randint(1, halved + 1, (len(x0),), generator=generator).to(x0.device)
         now = timestep(i)
         middle = timestep(i - 0.5)
         then = timestep(i - 1)

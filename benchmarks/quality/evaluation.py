@@ -357,8 +357,10 @@ def _heads(
         cache=cache,
         console=console,
     )
+    decoded = []
     with torch.no_grad():
-        decoded = [to_uint8(model.decode(chunk.float())) for chunk in pairs.latents_NCHW.split(32)]
+        for chunk in pairs.latents_NCHW.split(32):
+            decoded.append(to_uint8(model.decode(chunk.float().to(model.device))))
     texts = vectors([prompts[index] for index in pairs.prompt_N.tolist()])
     heads = train_heads(lite0_features(torch.cat(decoded).numpy()), texts)
     return heads, "heads trained on the teacher's images"

@@ -208,7 +208,7 @@ def base_recipe(name: str, *, budget_steps: int | None, quick: bool) -> Recipe:
     Args:
         name: Recipe of the method: a file, or the name of a shipped one.
         budget_steps: Number of steps in place of the recipe's. The latent warm-up keeps its share,
-            and there are only as many teacher pairs as the steps draw.
+            and there are no more teacher pairs than rows that the steps draw.
         quick: Ten steps and one shard of teacher pairs.
 
     """

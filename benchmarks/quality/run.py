@@ -15,7 +15,7 @@ The set 'ingredients' is what carries HiPA past the paper (ingredients.py): each
 for as many steps and as much processor time, with two training seeds. It also measures variety, and
 caption levels where the model has them.
 
-Expected time: about 29 hours for the full run on two idle AVX-512 cores (``--plan`` prints what is
+Expected time: about 20 hours for the full run on two idle AVX-512 cores (``--plan`` prints what is
 left); some minutes with ``--quick``, whose numbers mean nothing.
 
 Every item is a process of its own and resumes where it was stopped; an item with a

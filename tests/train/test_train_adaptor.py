@@ -150,6 +150,14 @@ def test_balanced_loss_resumes_exactly(
     assert differences(train(fixed, model_dir, tmp_path / "fixed", cache), unbroken)
 
 
+def test_a_balanced_loss_needs_whole_batches(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    divided = with_loss(recipe, balance="gradient").model_copy(update={"micro_batch": 1})
+    with pytest.raises(HipaError, match="one process, and no micro_batch"):
+        train(divided, model_dir, tmp_path / "out", cache)
+
+
 def test_steps_with_latent_terms_alone_never_decode(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
 ) -> None:

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import get_args
 
 from hipa_deploy.disk.files import check_writable
+from hipa_deploy.disk.reading import read_record
 from hipa_deploy.errors import HipaError
 from hipa_deploy.train.coco.coco_folder import find_sets
-from hipa_deploy.train.coco.parts import Shard
+from hipa_deploy.train.coco.parts import ANOTHER_FOLDER, JOB, Shard
 from hipa_deploy.train.coco.protocol import (
     CLIP_PREFIX,
     FETCH_PEERS_CLIP,
     INCEPTION_URL,
     RESOLUTION,
     CocoSet,
+    Protocol,
     ReferenceSet,
 )
 from hipa_deploy.train.losses.clip_folder import check_clip_folder
@@ -122,10 +124,18 @@ def check_coco(wishes: CocoWishes, out: Path | None, prompts: Path | None) -> Co
         raise HipaError(f"--batch is {wishes.batch}. Expected 1 to {MAX_BATCH} images at once.")
     shard = Shard() if wishes.shard is None else Shard.parse(wishes.shard)
     check_writable(out)
-    sets = {out: found[0]}
-    if len(found) > 1:
-        sets = {out / str(known.year): known for known in found}
+    sets = {_place(out, known, alone=len(found) == 1): known for known in found}
     return CocoRequest(sets, inception, reference, shard, wishes.shard is None)
+
+
+def _place(out: Path, known: CocoSet, *, alone: bool) -> Path:
+    """The folder of a set: where its measurement was begun, whichever sets were there then."""
+    job = out / JOB
+    begun = job.is_file()
+    if begun and read_record(job, Protocol, ANOTHER_FOLDER).year == known.year:
+        return out
+    place = out / str(known.year)
+    return out if alone and not begun and not place.is_dir() else place
 
 
 def check_captions(text: str) -> None:

@@ -62,6 +62,10 @@ class Entry:
     notes: tuple[str, ...] = ()
 
 
+# The settings of a teacher that its images depend on.
+TEACHER_KEYS = ("sampler", "steps", "guidance", "mixed_precision")
+
+
 @dataclass(frozen=True)
 class Models:
     """What the rows have in common.
@@ -115,7 +119,9 @@ def teacher_entry(models: Models, teacher: TeacherSettings) -> Entry:
 
         return partial(decoded_images, model, latents)
 
-    identity = {**models.identity(), "teacher": teacher.model_dump(mode="json")}
+    # Not how many pairs a training makes of it, and how: its images do not depend on that.
+    settings = teacher.model_dump(mode="json", include=set(TEACHER_KEYS))
+    identity = {**models.identity(), "teacher": settings}
     note = f"{teacher.sampler}, guidance {teacher.guidance:g}."
     return Entry(teacher_row(teacher.steps), identity, load, notes=(note,))
 

@@ -26,6 +26,7 @@ from hipa_deploy.train.coco.protocol import FEATURES, Protocol
 
 PART = 100  # images
 JOB = "coco.json"
+ANOTHER_FOLDER = "Choose another --out, or the options that it was begun with."
 REFERENCE = "reference"
 FLOAT = np.dtype(np.float32)
 MAX_PART = 16 * MIB  # of a part's arrays; 100 images have 0.8
@@ -143,7 +144,7 @@ def begin_job(out: Path, protocol: Protocol) -> None:
         HipaError: the folder holds another job, or other files.
 
     """
-    remedy = "Choose another --out, or the options that it was begun with."
+    remedy = ANOTHER_FOLDER
     path = out / JOB
     if path.is_file():
         before = read_record(path, Protocol, remedy)

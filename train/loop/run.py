@@ -381,22 +381,9 @@ def _state_bytes(state: Any) -> int:
 
 
 def loss_state(
-    loss: HipaLoss,
-    recipe: Recipe | DecoderRecipe,
-    processes: Processes,
-    distribution: DistributionTerms | None = None,
+    loss: HipaLoss, distribution: DistributionTerms | None = None
 ) -> dict[str, nn.Parameter]:
-    """The parameters of the loss, and of ``distribution``, that a checkpoint stores.
-
-    Raises:
-        HipaError: the loss is balanced by gradients, which must be those of one whole batch, and
-            batches are divided among processes or into micro-batches.
-
-    """
-    if loss.balance is not None and (processes.count > 1 or recipe.micro_batch):
-        raise processes.error(
-            "loss.balance = 'gradient' needs whole batches: one process, and no micro_batch."
-        )
+    """The parameters of the loss, and of ``distribution``, that a checkpoint stores."""
     if distribution is None:
         return loss.state
     return {**loss.state, **distribution.state}

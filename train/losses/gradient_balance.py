@@ -18,6 +18,15 @@ from torch import Tensor, nn
 MAX_SCALE = 1e4  # VQGAN's limit, for a term whose gradient vanishes
 
 
+# Why ``divides_batch`` is a fault.
+WHOLE_BATCHES = "loss.balance = 'gradient' needs whole batches: one process, and no micro_batch."
+
+
+def divides_batch(balance: str, micro_batch: int | None, processes: int) -> bool:
+    """Whether gradients are measured that must be those of one whole batch, and none sees one."""
+    return balance == "gradient" and (processes > 1 or bool(micro_batch))
+
+
 class GradientBalance(nn.Module):
     """The scales of several loss terms, measured now and then and kept between.
 

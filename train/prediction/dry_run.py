@@ -15,6 +15,7 @@ from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.clip_tokenizer import text_sizes
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.train.losses.gradient_balance import WHOLE_BATCHES, divides_batch
 from hipa_deploy.train.model.mixed_precision import precision_note
 from hipa_deploy.train.prediction.simulated_training import CPU
 from hipa_deploy.train.prediction.training_cost import (
@@ -41,6 +42,7 @@ MOST_PAIRS_A_PROMPT = 100
 LEAST_SIGNAL = 1e-4
 SMALL_FLOPS = 0.5e12  # of a teacher call and two steps: seconds on a CPU, so they are measured
 GIB = 2**30
+ENOUGH_SEEN = 0.8  # of the teacher's pairs: what a step draws is left to chance
 GB = 1e9
 HOUR = 3600
 
@@ -90,6 +92,8 @@ def dry_run(
     """
     if recipe.text != TextSettings():
         recipe.text.check(*text_sizes(ModelConfig.read(model_dir)))
+    if divides_batch(recipe.loss.balance, recipe.micro_batch, processes):
+        raise HipaError(WHOLE_BATCHES)
     prediction = predict_training(recipe, model_dir, processes)
 
     # Prompts do not change the prediction, so a file that is missing does not stop it.
@@ -254,17 +258,33 @@ def doubts(prediction: TrainingPrediction, prompt_count: int | None) -> list[str
 
 
 def _made_for_nothing(recipe: Recipe) -> list[str]:
-    """A sentence where the steps see fewer images or edits than the teacher makes."""
-    seen = recipe.steps * recipe.batch
+    """A sentence where the steps see much fewer images or edits than the teacher makes."""
     made = edits_made(recipe) or images_made(recipe)
     what = "edits" if recipe.task == "edit" else "pairs"
     # How many edits there are of a folder's images is known when it is read.
-    if recipe.source_folder or seen >= made:
+    if recipe.source_folder:
+        return []
+    seen = expected_rows(made, recipe.batch, recipe.steps)
+    if seen >= ENOUGH_SEEN * made:
         return []
     return [
-        f"{recipe.steps:,} steps of {recipe.batch} see {seen:,} of the {made:,} {what}. The others "
-        "are made for nothing."
+        f"{recipe.steps:,} steps of {recipe.batch} draw about {seen:,} of the {made:,} {what}. The "
+        "others are made for nothing, unless an earlier training has left them in the cache."
     ]
+
+
+def expected_rows(count: int, batch: int, steps: int) -> int:
+    """How many of ``count`` rows are drawn at least once, on average.
+
+    A step draws its rows without repetition, and each step anew (``batch_rows``).
+
+    Example:
+        >>> expected_rows(count=8192, batch=16, steps=500)
+        5110
+
+    """
+    missed = (1 - min(batch, count) / count) ** steps
+    return round(count * (1 - missed))
 
 
 def cost_table(prediction: TrainingPrediction) -> Table:

@@ -502,7 +502,8 @@ def _loss(recipe: Recipe) -> HipaLoss:
 
     # A user's own loss may need values, which fake tensors have not. Its images are decoded as for
     # the pixel term; what it costs itself is not known.
-    settings = recipe.loss
+    # Fake tensors have no values to measure gradients by either. The measurement is not counted.
+    settings = recipe.loss.model_copy(update={"balance": "fixed"})
     if settings.custom:
         pixel = settings.pixel_weight or settings.custom_weight
         settings = settings.model_copy(update={"custom": None, "pixel_weight": pixel})

@@ -52,7 +52,8 @@ class ImageLossSettings(Settings):
     """Weight of a discriminator that judges the perceptual distance's features (ours)."""
     balance: Literal["fixed", "gradient"] = "fixed"
     """gradient: scale the terms of the image so that the gradients of any two at the image are in
-    the ratio of their weights; fixed: use the weights as they are."""
+    the ratio of their weights, for one process without micro_batch; fixed: use the weights as they
+    are."""
     balance_every: int = Field(50, ge=1, le=10_000_000)
     """Evaluations of the loss between two measurements of the gradients, with balance =
     gradient."""

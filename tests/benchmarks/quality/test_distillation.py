@@ -113,3 +113,13 @@ def test_a_baseline_leaves_an_adaptor_and_resumes_exactly(
         train(recipe, model_dir, tmp_path / "b", cache=cache, console=QUIET) / WEIGHTS
     )
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("train", [train_consistency, train_progressive])
+def test_a_baseline_trains_on_a_gpu(
+    train: Any, recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path
+) -> None:
+    """The pairs and the random numbers are of the CPU, and the model is where the GPU is."""
+    out = train(recipe, model_dir, tmp_path / "a", cache=cache, console=QUIET)
+    assert read_metadata(out, model_dir).steps_trained == 6

@@ -19,10 +19,11 @@ from hipa_deploy.models.style import Style
 from hipa_deploy.train.coco import make_parts
 from hipa_deploy.train.coco.coco_report import CocoReport
 from hipa_deploy.train.coco.coco_request import CocoWishes, check_coco
-from hipa_deploy.train.coco.entries import Models, adaptor_entry
-from hipa_deploy.train.coco.parts import Parts, Shard
+from hipa_deploy.train.coco.entries import Models, adaptor_entry, teacher_entry
+from hipa_deploy.train.coco.parts import Parts, Shard, begin_job
 from hipa_deploy.train.coco.protocol import INCEPTION_SHA256, Protocol
 from hipa_deploy.train.evaluation.quality import one_step_images
+from hipa_deploy.train.recipes.recipe import TeacherSettings
 from tests.coco_samples import write_clip, write_coco
 from tests.inception_layout import SmallLayers, write_inception
 
@@ -172,6 +173,39 @@ def test_two_sets_have_a_folder_each(files: Path, tmp_path: Path) -> None:
         "2014": "FID-30k",
         "2017": "FID-5k",
     }
+
+
+def test_a_set_stays_where_it_was_begun(files: Path, tmp_path: Path) -> None:
+    wishes = CocoWishes(files / "coco", files / "inception.pt")
+    out = tmp_path / "out"
+    assert list(check_coco(wishes, out, None).sets) == [out]
+
+    # The second set comes later.
+    protocol = Protocol(
+        year=2017, images=8, captions="first", captions_sha256="", resolution=64, reference="all",
+        reference_sha256="", reference_images=8, inception_sha256="",
+    )  # fmt: skip
+    begin_job(out, protocol)
+    both = tmp_path / "both"
+    write_coco(both, images=5, year=2014)
+    shutil.copytree(files / "coco", both, dirs_exist_ok=True)
+    wishes = CocoWishes(both, files / "inception.pt")
+    assert set(check_coco(wishes, out, None).sets) == {out, out / "2014"}
+
+    # Both were there from the start, and one of them is measured again.
+    again = tmp_path / "again"
+    for place, known in check_coco(wishes, again, None).sets.items():
+        begin_job(place, protocol.model_copy(update={"year": known.year}))
+    only = CocoWishes(both, files / "inception.pt", year=2017)
+    assert list(check_coco(only, again, None).sets) == [again / "2017"]
+
+
+def test_the_teachers_row_does_not_depend_on_how_many_pairs_a_training_makes() -> None:
+    models = Models(MODEL, Style(), TextSettings())
+    rows = []
+    for changes in ({}, {"pairs": 16_000}, {"batch": 8}, {"dtype": "float32"}, {"guidance": 3.0}):
+        rows.append(teacher_entry(models, TeacherSettings(**{"pairs": 8} | changes)).identity)
+    assert rows[0] == rows[1] == rows[2] == rows[3] != rows[4]
 
 
 def test_the_name_of_the_tables_is_for_their_measurement_alone() -> None:

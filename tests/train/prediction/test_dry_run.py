@@ -13,6 +13,7 @@ from rich.table import Table
 from hipa_deploy.bundle.text_settings import TextSettings
 from hipa_deploy.embedded import MODEL
 from hipa_deploy.errors import HipaError
+from hipa_deploy.train.loop.training_steps import batch_rows
 from hipa_deploy.train.model import mixed_precision
 from hipa_deploy.train.prediction import dry_run
 from hipa_deploy.train.recipes.recipe import Recipe, load_recipe
@@ -158,13 +159,32 @@ def test_a_folders_images_are_not_made(model_dir: Path, recipe: Recipe) -> None:
     assert "GB" not in text
 
     edits = of("edit", strengths=[1.0], per_image=4)
-    assert "see 8 of the 200,000 edits" in dry_run.doubts(edits, 1000)[0]
+    assert "draw about 8 of the 200,000 edits" in dry_run.doubts(edits, 1000)[0]
     text = text_of([dry_run.facts_table(edits, model_dir, "3 distinct")])
     assert "50,000, 200,000 edits: 0.10 GB in the cache" in text
     edits_of_folder = of("edit", strengths=[1.0], per_image=4, images="photos")
     assert dry_run.doubts(edits_of_folder, 3) == []
     text = text_of([dry_run.facts_table(edits_of_folder, model_dir, "3 distinct")])
     assert "200,000 edits, where the folder has 50,000 images: 0.10 GB" in text
+
+
+def test_the_pairs_that_the_steps_draw_are_those_of_a_training() -> None:
+    drawn = set()
+    for step in range(500):
+        drawn.update(batch_rows(8192, 16, seed=0, step=step).tolist())
+    assert dry_run.expected_rows(8192, 16, 500) == pytest.approx(len(drawn), rel=0.02)
+    assert dry_run.expected_rows(4, 16, 1) == 4
+
+
+def test_a_loss_that_is_balanced_by_gradients(model_dir: Path, recipe: Recipe) -> None:
+    loss = recipe.loss.model_copy(update={"balance": "gradient", "latent_warmup_steps": 0})
+    balanced = recipe.model_copy(update={"loss": loss})
+    shown, _ = dry_run.dry_run(balanced, model_dir, [])
+    assert "gradient" in text_of(shown)
+    with pytest.raises(HipaError, match="needs whole batches"):
+        dry_run.dry_run(balanced, model_dir, [], processes=2)
+    with pytest.raises(HipaError, match="needs whole batches"):
+        dry_run.dry_run(balanced.model_copy(update={"micro_batch": 1}), model_dir, [])
 
 
 def test_what_a_score_alone_makes_is_counted(model_dir: Path, recipe: Recipe) -> None:
