@@ -191,6 +191,7 @@ def make_lora(model: Path, path: Path) -> Path:
     return path
 
 
+@pytest.mark.thorough
 def test_an_adaptor_is_swapped_beside_a_controlnet(
     model: Path, controlnet: Path, bundle: Bundle, tmp_path: Path
 ) -> None:

@@ -219,6 +219,7 @@ def check_optimum(root: Path, case: Case, image_HWC: np.ndarray) -> None:
     assert psnr(image_HWC, call(pipe, case, SEEDS[-1], "np")) >= LEAST_DB
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_a_lora_of_the_same_method_is_swapped_in(
     lcm_bundle: tuple[ExportOptions, Bundle], tmp_path: Path

@@ -241,6 +241,7 @@ def test_what_the_settings_exclude(recipe: Recipe, tmp_path: Path) -> None:
         assert load_recipe(tmp_path / "r.toml").alignment.scorer == read
 
 
+@pytest.mark.thorough
 def test_its_cost_is_counted(recipe: Recipe, model_dir: Path, clip: Path) -> None:
     """Fake tensors take what real ones take, and the vision part runs forth and back."""
     prediction = predict_training(aligned(recipe, clip), model_dir)

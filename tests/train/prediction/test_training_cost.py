@@ -77,6 +77,7 @@ def with_terms(recipe: Recipe, **changes: Any) -> Recipe:
     return Recipe.model_validate(recipe.model_dump() | changes)
 
 
+@pytest.mark.thorough
 def test_terms_that_compare_distributions_are_counted(model_dir: Path, recipe: Recipe) -> None:
     both = with_terms(recipe, **BESIDE, gradient_checkpointing=True)
     prediction = predict_once(both, model_dir)
@@ -158,6 +159,7 @@ def test_memory_does_not_wait_for_pythons_garbage_collection(
     assert memory == collected.memory
 
 
+@pytest.mark.thorough
 def test_cost_grows_with_the_batch_and_memory_falls_with_checkpointing(
     model_dir: Path, recipe: Recipe
 ) -> None:
@@ -169,6 +171,7 @@ def test_cost_grows_with_the_batch_and_memory_falls_with_checkpointing(
     assert checkpointed.step.flops > usual.step.flops
 
 
+@pytest.mark.thorough
 def test_a_micro_batch_takes_less_memory_and_the_same_operations(
     model_dir: Path, recipe: Recipe
 ) -> None:
@@ -180,6 +183,7 @@ def test_a_micro_batch_takes_less_memory_and_the_same_operations(
     assert whole.memory.one_row + further == pytest.approx(whole.step.peak_bytes, rel=0.02)
 
 
+@pytest.mark.thorough
 def test_gradients_of_earlier_rows_and_the_average_take_memory(
     model_dir: Path, recipe: Recipe
 ) -> None:
