@@ -333,7 +333,7 @@ def image_paths(
     """Paths of the images of a command: one file for one image, else numbered files in a folder.
 
     Args:
-        out: an image file or a folder.
+        out: an image file, a folder, or a device such as /dev/stdout.
         prompts: number of prompts.
         count: images a prompt.
         seed: of the first image of each prompt.

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -410,7 +409,15 @@ def _check_integers(image: Image.Image, what: str) -> None:
     """
     if not _is_deep_grey(image):
         return
-    low, high = cast(tuple[int, int], image.getextrema())
+    # Pillow's getextrema refuses the mode of a big-endian file, "I;16B".
+    lows = []
+    highs = []
+    for _, strip in _strips(image):
+        values_HW = np.asarray(strip)
+        lows.append(int(values_HW.min()))
+        highs.append(int(values_HW.max()))
+    low = min(lows)
+    high = max(highs)
     if 0 < high <= _EIGHT_BITS:
         bits = 32 if image.mode == "I" else 16
         raise RequestError(

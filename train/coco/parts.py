@@ -144,19 +144,18 @@ def begin_job(out: Path, protocol: Protocol) -> None:
         HipaError: the folder holds another job, or other files.
 
     """
-    remedy = ANOTHER_FOLDER
     path = out / JOB
     if path.is_file():
-        before = read_record(path, Protocol, remedy)
+        before = read_record(path, Protocol, ANOTHER_FOLDER)
         for name in Protocol.model_fields:
             then = getattr(before, name)
             now = getattr(protocol, name)
             if then != now:
                 raise HipaError(f"{out} holds another measurement: its {name} was {then}, now it "
-                                f"is {now}. {remedy}")  # fmt: skip
+                                f"is {now}. {ANOTHER_FOLDER}")  # fmt: skip
         return
     if out.is_dir() and any(not entry.name.startswith(".") for entry in out.iterdir()):
-        raise HipaError(f"{out} is not empty, and holds no measurement on COCO. {remedy}")
+        raise HipaError(f"{out} is not empty, and holds no measurement on COCO. {ANOTHER_FOLDER}")
     content = json.dumps(protocol.model_dump(mode="json"), indent=2) + "\n"
     write_file(path, content.encode())
 

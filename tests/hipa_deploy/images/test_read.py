@@ -201,6 +201,17 @@ def test_a_mask_of_black_and_white_may_be_of_any_numbers(dtype: str, white: int)
     assert read_mask(mask).tolist() == [[0, 1], [1, 0]]
 
 
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2")])
+def test_sixteen_bits_in_either_order_of_bytes(mode: str, dtype: str) -> None:
+    """A TIFF may be big-endian: Pillow's mode is "I;16B" then."""
+    levels = np.array([[0, 40], [128, 255]])
+    deep = Image.frombytes(mode, (2, 2), (levels * 257).astype(dtype).tobytes())
+    assert read_image(deep)[..., 0].tolist() == levels.tolist()
+    flat = Image.frombytes(mode, (2, 2), levels.astype(dtype).tobytes())
+    with pytest.raises(HipaError, match="16-bit integers from 0 to 255"):
+        read_image(flat)
+
+
 def test_a_mask_of_other_numbers_is_refused() -> None:
     for numbers in ([0, 128], [0, -1], [1, 255]):
         with pytest.raises(HipaError, match="mask is an array of int64"):
