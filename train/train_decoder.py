@@ -55,7 +55,6 @@ from hipa_deploy.train.loop.run import Run, loss_state
 from hipa_deploy.train.loop.run_lock import one_run_at_a_time
 from hipa_deploy.train.loop.scalars import log_in
 from hipa_deploy.train.loop.training_steps import Watch, result_lines, run_steps
-from hipa_deploy.train.losses.gradient_balance import WHOLE_BATCHES, divides_batch
 from hipa_deploy.train.losses.hipa_loss import Terms, hipa_loss
 from hipa_deploy.train.model.conditions import Conditions
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float, to_uint8
@@ -130,9 +129,6 @@ def train_decoder(
     finished_steps = check_output(out, recipe)
     if processes.is_main:
         log_in(log_with)
-
-    if divides_batch(recipe.loss.balance, recipe.micro_batch, processes.count):
-        raise processes.error(WHOLE_BATCHES)
 
     # The loss comes before the model: code of a user's own that cannot be used fails now.
     loss = hipa_loss(recipe.loss)

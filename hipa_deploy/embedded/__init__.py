@@ -61,7 +61,10 @@ def hides_embedded(path: Path) -> bool:
     """
     if not path.is_dir():
         return path.exists()
-    names = os.listdir(path)  # noqa: PTH208
+    try:
+        names = os.listdir(path)  # noqa: PTH208
+    except OSError:  # whoever opens it says why
+        return True
     only_images = all(name.lower().endswith(IMAGE_ENDINGS) for name in names)
     return not names or not only_images
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from hipa_deploy.errors import HipaError, StoppedError
+from hipa_deploy.train.losses.gradient_balance import WHOLE_BATCHES, divides_batch
 from hipa_deploy.train.recipes.recipe import DecoderRecipe, Recipe
 
 # What `accelerate launch` can set up beside plain data parallelism, by its environment variable.
@@ -65,8 +66,9 @@ class Processes:
 
         Raises:
             HipaError: the launcher is configured for a precision other than the recipe's or for
-                something that this project does not support, or the batch has fewer rows than there
-                are processes.
+                something that this project does not support, the batch has fewer rows than there
+                are processes, or the loss is balanced by the gradients of one whole batch and the
+                batch is divided.
 
         """
         _check_launcher(recipe)
@@ -85,7 +87,10 @@ class Processes:
             own_device = torch.device(device)
         elif state.num_processes > 1:
             own_device = state.device
-        return cls(state.process_index, state.num_processes, own_device)
+        processes = cls(state.process_index, state.num_processes, own_device)
+        if divides_batch(recipe.loss.balance, recipe.micro_batch, processes.count):
+            raise processes.error(WHOLE_BATCHES)
+        return processes
 
     @property
     def is_main(self) -> bool:
