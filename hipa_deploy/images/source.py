@@ -290,21 +290,21 @@ class Upscaling:
     width: int
     facts: Mapping[str, Any]
 
-    def merge(self, tiles_NHWC: np.ndarray) -> np.ndarray:
+    def merge(self, made: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Merge the stages' images of all tiles into one.
 
         Args:
-            tiles_NHWC: uint8 [N, H, W, 3], in the order of ``tiles``.
+            made: uint8 [H, W, 3] each, in the order of ``tiles``.
 
         Returns:
             uint8 [height, width, 3].
 
         """
-        tile_h, tile_w = tiles_NHWC.shape[1:3]
+        tile_h, tile_w = made[0].shape[:2]
         # The tiles cover the padded image, which is larger than the result where that is small.
         padded_h = max(top for top, _ in self.offsets) + tile_h
         padded_w = max(left for _, left in self.offsets) + tile_w
-        merged_HWC = merge_tiles(tiles_NHWC, self.offsets, padded_h, padded_w)
+        merged_HWC = merge_tiles(made, self.offsets, padded_h, padded_w)
         return merged_HWC[: self.height, : self.width]
 
 

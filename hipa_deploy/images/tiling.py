@@ -11,6 +11,8 @@ import numpy as np
 
 from hipa_deploy.errors import HipaError
 
+BAND = 256  # rows that are merged at once
+
 
 def tiles(height: int, width: int, tile_h: int, tile_w: int, overlap: int) -> list[tuple[int, int]]:
     """Return the (top, left) of the fewest evenly spread tiles that cover an image.
@@ -87,9 +89,6 @@ def merge_tiles(
             f"{len(tiles)} tiles and {len(offsets)} offsets. Expected one offset for each tile."
         )
 
-    # Sums of weights and of weighted pixels: one division at the end normalises them.
-    total_HW1 = np.zeros((height, width, 1), np.float32)
-    merged_HWC = np.zeros((height, width, 3), np.float32)
     for tile_hwC, (top, left) in zip(tiles, offsets, strict=True):
         tile_h, tile_w = tile_hwC.shape[:2]
         if min(top, left) < 0 or top + tile_h > height or left + tile_w > width:
@@ -97,20 +96,46 @@ def merge_tiles(
                 f"a {tile_h}x{tile_w} tile at {top}, {left} does not lie in an image of "
                 f"{height}x{width}."
             )
-        weight_hw1 = (_ramp(tile_h)[:, None] * _ramp(tile_w))[..., None]
-        place = np.s_[top : top + tile_h, left : left + tile_w]
+
+    # In bands of rows: the sums take 16 bytes a pixel, 4 GiB of an image of 16,384 pixels a side.
+    merged_HWC = np.empty((height, width, 3), np.uint8)
+    uncovered = 0
+    for first in range(0, height, BAND):
+        band = range(first, min(first + BAND, height))
+        merged_HWC[first : band.stop], without = _merged_band(tiles, offsets, band, width)
+        uncovered += without
+    if uncovered:
+        raise HipaError(f"the tiles leave {uncovered} of {height * width} pixels uncovered.")
+    return merged_HWC
+
+
+def _merged_band(
+    tiles: Sequence[np.ndarray] | np.ndarray,
+    offsets: Sequence[tuple[int, int]],
+    band: range,
+    width: int,
+) -> tuple[np.ndarray, int]:
+    """The rows ``band`` of the image, uint8 [rows, width, 3], and how many pixels have no tile."""
+    # Sums of weights and of weighted pixels: one division at the end normalises them.
+    total_HW1 = np.zeros((len(band), width, 1), np.float32)
+    merged_HWC = np.zeros((len(band), width, 3), np.float32)
+    for tile_hwC, (top, left) in zip(tiles, offsets, strict=True):
+        tile_h, tile_w = tile_hwC.shape[:2]
+        start = max(top, band.start)
+        stop = min(top + tile_h, band.stop)
+        if start >= stop:
+            continue
+        of_tile = slice(start - top, stop - top)
+        weight_hw1 = (_ramp(tile_h)[of_tile, None] * _ramp(tile_w))[..., None]
+        place = np.s_[start - band.start : stop - band.start, left : left + tile_w]
         total_HW1[place] += weight_hw1
-        merged_HWC[place] += weight_hw1 * tile_hwC
+        merged_HWC[place] += weight_hw1 * tile_hwC[of_tile]
 
     # A tile's weight is above 0 everywhere, so a total of 0 means that no tile lies there.
-    if not total_HW1.all():
-        raise HipaError(
-            f"the tiles leave {(total_HW1 == 0).sum()} of {height * width} pixels uncovered."
-        )
-    # In place: of 16,384 pixels a side, the sums alone take 4 GiB.
+    uncovered = int((total_HW1 == 0).sum())
+    np.maximum(total_HW1, np.finfo(np.float32).tiny, out=total_HW1)
     merged_HWC /= total_HW1
-    np.rint(merged_HWC, out=merged_HWC)
-    return merged_HWC.astype(np.uint8)
+    return np.rint(merged_HWC).astype(np.uint8), uncovered
 
 
 def _ramp(size: int) -> np.ndarray:

@@ -39,6 +39,8 @@ _LEAST_STRENGTH = 0.8
 _MOST_STRENGTH = 3.6
 _STRENGTH_OF_ACTIVITY = 0.11  # for each grey level of local standard deviation
 _ACTIVITY_RADIUS = 4  # pixels
+_REACH = 2 * _ACTIVITY_RADIUS  # rows around a pixel that its strength depends on: two means
+_BAND = 4 * TILE  # rows that are marked at once
 _LUMA = (0.299, 0.587, 0.114)  # of R, G, B: ITU-R BT.601, as JPEG has it
 
 
@@ -131,13 +133,29 @@ def add_watermark(image_HWC: np.ndarray, payload: int, strength: float = 1.0) ->
     check_side(height, width)
     payload = whole_number(payload, "payload")
     check_payload(payload)
-    strength_HW = strength * _strength(luma(image_HWC))
-    tile_TT = _tile(payload)
-    rows = -(-height // TILE)
-    columns = -(-width // TILE)
-    pattern_HW = strength_HW * np.tile(tile_TT, (rows, columns))[:height, :width]
+
+    # In bands of whole tiles: all of it at once would take 88 bytes a pixel.
+    marked_HWC = np.empty_like(image_HWC)
+    for first in range(0, height, _BAND):
+        last = min(first + _BAND, height)
+        marked_HWC[first:last] = _marked_rows(image_HWC, first, last, payload, strength)
+    return marked_HWC
+
+
+def _marked_rows(
+    image_HWC: np.ndarray, first: int, last: int, payload: int, strength: float
+) -> np.ndarray:
+    """The rows from ``first`` to ``last`` with the watermark; ``first`` is where a tile begins."""
+    # The strength depends on the rows around as well.
+    start = max(first - _REACH, 0)
+    around_HWC = image_HWC[start : last + _REACH]
+    strength_HW = strength * _strength(luma(around_HWC))[first - start : last - start]
+    height, width = strength_HW.shape
+    repeats = (-(-height // TILE), -(-width // TILE))
+    pattern_HW = strength_HW * np.tile(_tile(payload), repeats)[:height, :width]
+
     # One change for all channels: it is in the luma, which JPEG keeps best.
-    marked_HWC = np.rint(image_HWC + pattern_HW[..., None])
+    marked_HWC = np.rint(image_HWC[first:last] + pattern_HW[..., None])
     return np.clip(marked_HWC, 0, 255).astype(np.uint8)
 
 

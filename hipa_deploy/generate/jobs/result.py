@@ -62,7 +62,7 @@ class GenerateResult:
 
 def merge_tiles(enlargement: Upscaling, made: Sequence[MadeImage]) -> GenerateResult:
     """Put the tiles of ``OneStepPipeline.tile_jobs`` together: one image."""
-    image_HWC = enlargement.merge(np.stack([tile.stage_image_HWC for tile in made]))
+    image_HWC = enlargement.merge([tile.stage_image_HWC for tile in made])
     size = {"height": enlargement.height, "width": enlargement.width}
     first = made[0]
     parameters = {**first.parameters, **size, **enlargement.facts}

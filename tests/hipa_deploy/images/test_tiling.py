@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.images.tiling import merge_tiles, tiles
+from tests.traced_memory import traced_peak
 
 Case = tuple[int, int, int]
 
@@ -101,3 +102,13 @@ def test_tiles_that_do_not_fit_the_image_are_refused() -> None:
     for offset in ((0, 5), (-1, 0)):
         with pytest.raises(HipaError, match="does not lie in"):
             merge_tiles([tile], [offset], 4, 8)
+
+
+def test_a_large_image_is_merged_in_little_more_than_its_own_memory() -> None:
+    tile_hwC = np.zeros((256, 256, 3), np.uint8)
+    height, width = 16384, 256
+    offsets = tiles(height, width, 256, 256, 32)
+    with traced_peak() as peak:
+        merge_tiles([tile_hwC] * len(offsets), offsets, height, width)
+        most = peak()
+    assert most < 1.5 * 3 * height * width  # of uint8 [height, width, 3]

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from hipa_deploy.errors import HipaError, HipaWarning
+from hipa_deploy.marks import watermark
 from hipa_deploy.marks.payload_code import CODED_BITS, decode_payload, encode_payload
 from hipa_deploy.marks.watermark import add_watermark, check_payload, waves
 from hipa_deploy.marks.watermark_reader import LEAST_SCORE, mark_readably, read_watermark
+from tests.traced_memory import traced_peak
 
 PAYLOAD = 0xC0FFEE42
 FIRST_CYCLES = [[-16, 1], [-11, 11], [15, 3]]
@@ -135,3 +137,18 @@ def test_what_is_too_small_or_too_large() -> None:
     with pytest.raises(HipaError, match="8 hexadecimal digits"):
         check_payload(2**32)
     assert read_watermark(np.zeros((64, 64, 3), np.uint8)).payload is None
+
+
+def test_a_large_image_is_marked_in_little_more_than_its_own_memory() -> None:
+    image_HWC = np.zeros((32768, 256, 3), np.uint8)
+    with traced_peak() as peak:
+        add_watermark(image_HWC, PAYLOAD)
+        most = peak()
+    assert most < 2 * image_HWC.nbytes
+
+
+def test_bands_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    tall_HWC = picture(1024)[:, :300]
+    banded_HWC = add_watermark(tall_HWC, PAYLOAD)
+    monkeypatch.setattr(watermark, "_BAND", len(tall_HWC))
+    np.testing.assert_array_equal(banded_HWC, add_watermark(tall_HWC, PAYLOAD))
