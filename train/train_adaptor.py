@@ -355,8 +355,8 @@ def _further_identity(recipe: Recipe, model: DiffusionModel) -> dict[str, Any]:
     """The part of a run's identity that its result does not record: FURTHER_IDENTITY."""
     shown = source_prompts(recipe, model.folder)
     source = None
-    if recipe.source_folder:
-        source = captioned_sha256(recipe.source_folder, recipe.source.captions)
+    if recipe.image_folder:
+        source = captioned_sha256(recipe.image_folder, recipe.source.captions)
     real = None
     if recipe.compares_distributions and recipe.latent_discriminator.real_images:
         real = captioned_sha256(Path(recipe.latent_discriminator.real_images))

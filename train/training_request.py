@@ -70,8 +70,8 @@ def check_request(
     if isinstance(recipe, Recipe):
         check_held_out(recipe, config)
     check_weights(model)
-    if isinstance(recipe, Recipe) and recipe.source_folder:
-        image_paths(recipe.source_folder)
+    if isinstance(recipe, Recipe) and recipe.image_folder:
+        image_paths(recipe.image_folder)
     if isinstance(recipe, Recipe) and recipe.latent_discriminator.real_images:
         image_paths(Path(recipe.latent_discriminator.real_images))
     if isinstance(recipe, Recipe):
@@ -150,13 +150,13 @@ def with_captions(recipe: Recipe, prompts: list[str]) -> list[str]:
         HipaError: As ``folder_captions``.
 
     """
-    if recipe.source_folder is None or not recipe.source.captions:
+    if recipe.image_folder is None or not recipe.source.captions:
         return prompts
     # What has no caption is told where the examples are made.
     quiet = Console(quiet=True)
     return [
         *prompts,
-        *folder_captions(recipe.source_folder, image_paths(recipe.source_folder), quiet),
+        *folder_captions(recipe.image_folder, image_paths(recipe.image_folder), quiet),
     ]
 
 

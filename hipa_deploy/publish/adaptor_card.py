@@ -31,6 +31,7 @@ from hipa_deploy.tasks import Task
 TAGS = ("lora", "one-step", "hipa")
 # Keys of a recipe that name a file or a folder of the one who trained.
 PATHS = ("images", "prompts", "real_images", "scorer")
+PROMPTED = ("generate", "edit")  # the tasks that train on prompts, with or without a folder
 LAST_TIMESTEP = 999  # of Stable Diffusion's schedule, where DDIM's one step starts
 EXAMPLES: dict[Task, str] = {
     "generate": 'hipa-generate my-bundle "a lighthouse" --out image.png',
@@ -164,11 +165,11 @@ def _recipe(metadata: AdaptorMetadata, base: BaseModel) -> dict[str, object]:
     # The recipe of an average is that of the first adaptor in it.
     of = ", of the first adaptor" if _average(metadata) else ""
     rows["task"] = metadata.task
-    folder = _source_folder(metadata)
+    folder = _image_folder(metadata)
     if folder:
         rows[f"folder of images{of}"] = _name(folder)
     # Inpainting and super-resolution of a folder have its captions in place of the prompts.
-    if not folder or metadata.task == "edit":
+    if not folder or metadata.task in PROMPTED:
         rows[f"prompts{of}"] = (
             f"{_name(recipe.get('prompts'))} (SHA-256 `{metadata.prompts_sha256}`)"
         )
@@ -182,7 +183,7 @@ def _recipe(metadata: AdaptorMetadata, base: BaseModel) -> dict[str, object]:
     if metadata.strengths:
         rows["strengths"] = ", ".join(f"{strength:g}" for strength in metadata.strengths)
     tables = ["teacher", "loss", "optimiser", "score", "latent_discriminator", "alignment"]
-    if metadata.task != "generate":
+    if metadata.task != "generate" or folder:
         tables.insert(0, "source")
     for name in tables:
         values = recipe.get(name)
@@ -217,12 +218,10 @@ def _average(metadata: AdaptorMetadata) -> dict[str, Any] | None:
     return average if isinstance(average.get("adaptors"), list) else None
 
 
-def _source_folder(metadata: AdaptorMetadata) -> str | None:
-    """The folder of images that was trained on; text to image has none."""
+def _image_folder(metadata: AdaptorMetadata) -> str | None:
+    """The folder of images that was trained on."""
     source = metadata.recipe.get("source")
-    if metadata.task == "generate" or not isinstance(source, dict):
-        return None
-    return source.get("images")
+    return source.get("images") if isinstance(source, dict) else None
 
 
 def _flat(values: dict[str, Any]) -> str:
@@ -285,10 +284,10 @@ def _teacher_cost(metadata: AdaptorMetadata) -> dict[str, object]:
         # They are made for the sample grid alone.
         pairs = min(pairs, metadata.recipe.get("samples") or pairs)
     rows: dict[str, object] = {}
-    folder = _source_folder(metadata)
-    if not folder:
+    folder = _image_folder(metadata)
+    if not folder or metadata.task == "generate":
         rows["teacher's images"] = f"{pairs:,}, {calls} UNet evaluations each"
-    if metadata.task == "edit":
+    if metadata.task == "edit" or (metadata.task == "generate" and folder):
         source = metadata.recipe.get("source")
         each = (source.get("per_image") if isinstance(source, dict) else None) or 1
         # How many images a folder had is not recorded.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from hipa_deploy.train.data.teacher_pairs import (
     RowConditions,
     RowFunction,
     cached_rows,
+    joined,
     noise_seeds,
     prompt_conditions,
     prompt_order,
@@ -162,7 +164,14 @@ def _examples_and_texts(
     task = recipe.task
     folder = recipe.source_folder
 
-    # A folder's captions become prompts. Only edits follow the recipe's prompts as well.
+    # A folder's captions become prompts. Edits follow the recipe's prompts as well, and text to
+    # image learns both.
+    asked = prompts
+    pictures = None
+    if recipe.pictures_folder:
+        pictures, prompts = folder_source_images(
+            model, recipe.pictures_folder, prompts, console, captions=recipe.source.captions
+        )
     if folder:
         own_prompts = prompts if task == "edit" else []
         source_images, prompts = folder_source_images(
@@ -173,7 +182,9 @@ def _examples_and_texts(
     texts = prompts if task == "generate" else [*prompts, ""]
     used_N = None
     if task == "generate":
-        used_N = prompt_order(len(prompts), recipe.teacher.pairs, recipe.seed)
+        used_N = prompt_order(len(asked), recipe.teacher.pairs, recipe.seed)
+        if pictures is not None:
+            used_N = torch.cat([used_N, pictures.prompt_N])
     conditions = prompt_conditions(model, texts, console, used_N)
 
     # A recipe without targets needs the teacher's images for the sample grid alone.
@@ -205,7 +216,10 @@ def _examples_and_texts(
                 "Set source.images."
             )
         shown = source_prompts(recipe, model.folder)
-        pairs = make_pairs(shown or prompts)
+        pairs = make_pairs(shown or asked)
+        if pictures is not None:
+            edits = picture_edits(model, pictures, recipe, console)
+            pairs = joined(pairs, make_pairs(prompts, edits))
         source_images = teacher_source_images(
             model,
             pairs,
@@ -332,28 +346,66 @@ def choose_edits(
             markup=False,
             soft_wrap=True,
         )
-    timesteps = [strength_timestep(strength) for strength in settings.strengths]
-    image_N = torch.arange(len(source_images) * settings.per_image) // settings.per_image
+    image_N = _edited_images(source_images, settings)
 
     # Each row has a generator of its own, so that a longer run keeps the choices of a shorter one.
     prompt_N = []
-    timestep_N = []
     for row, own in enumerate(source_images.prompt_N[image_N].tolist()):
         rng = np.random.default_rng((recipe.seed, EDIT_CHOICE_STREAM, row))
         prompt_N.append(_another(rng, related(own), own))
-        timestep_N.append(timesteps[row % len(timesteps)])
+
+    # Of the settings only those that are read here belong in the cache key.
+    used_settings = {"strengths", "same", "per_image"}
+    key = {**source_images.key, **settings.model_dump(mode="json", include=used_settings)}
+    return _edits(model, source_images, image_N, torch.tensor(prompt_N), settings, key, console)
+
+
+def picture_edits(
+    model: DiffusionModel, pictures: SourceImages, recipe: Recipe, console: Console | None
+) -> Edits:
+    """The edits of pictures that text to image learns from, each with its own caption.
+
+    Noised pictures are where the teacher starts; the student starts from the noise alone. So the
+    student learns to draw, of that noise and caption, what the teacher makes with the picture's
+    help. Ours, from SDEdit (Meng et al. 2022).
+    """
+    settings = recipe.source
+    image_N = _edited_images(pictures, settings)
+    key = {
+        **pictures.key,
+        **settings.model_dump(mode="json", include={"strengths", "per_image"}),
+        "prompts": "own",
+    }
+    prompt_N = pictures.prompt_N[image_N]
+    return _edits(model, pictures, image_N, prompt_N, settings, key, console)
+
+
+def _edited_images(source_images: SourceImages, settings: SourceSettings) -> Tensor:
+    """Which image each edit starts from, int64 [N]: each ``source.per_image`` times."""
+    return torch.arange(len(source_images) * settings.per_image) // settings.per_image
+
+
+def _edits(
+    model: DiffusionModel,
+    source_images: SourceImages,
+    image_N: Tensor,
+    prompt_N: Tensor,
+    settings: SourceSettings,
+    key: dict[str, Any],
+    console: Console | None,
+) -> Edits:
+    """Edits of ``image_N`` that follow ``prompt_N``; the strengths take turns."""
+    timesteps = torch.tensor([strength_timestep(strength) for strength in settings.strengths])
 
     def images(rows: Tensor) -> Tensor:
         return source_images.images(image_N[rows])
 
-    # Of the settings only those that the loop above reads belong in the cache key.
-    used_settings = {"strengths", "same", "per_image"}
     return Edits(
         images=images,
         source=_encoded(model, images, len(image_N), console),
-        prompt_N=torch.tensor(prompt_N),
-        timestep_N=torch.tensor(timestep_N),
-        key={**source_images.key, **settings.model_dump(mode="json", include=used_settings)},
+        prompt_N=prompt_N,
+        timestep_N=timesteps[torch.arange(len(image_N)) % len(timesteps)],
+        key=key,
     )
 
 

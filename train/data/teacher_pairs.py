@@ -92,6 +92,15 @@ class Pairs:
         return len(self.seed_N)
 
 
+def joined(first: Pairs, second: Pairs) -> Pairs:
+    """The pairs of ``first``, then those of ``second``; both count the same prompts."""
+    return Pairs(
+        latents_NCHW=torch.cat([first.latents_NCHW, second.latents_NCHW]),
+        prompt_N=torch.cat([first.prompt_N, second.prompt_N]),
+        seed_N=torch.cat([first.seed_N, second.seed_N]),
+    )
+
+
 @torch.no_grad()
 def teacher_latents(
     model: DiffusionModel,

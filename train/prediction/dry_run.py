@@ -198,7 +198,7 @@ def _made_by_teacher(prediction: TrainingPrediction) -> str:
         parts.append(f"{images:,}")
     if edits:
         of_folder = f", where the folder has {recipe.teacher.pairs:,} images"
-        parts.append(f"{edits:,} edits{of_folder if recipe.source_folder else ''}")
+        parts.append(f"{edits:,} edits{of_folder if recipe.image_folder else ''}")
     if recipe.held_out.prompts:
         parts.append(f"{recipe.held_out.count:,} of held-out prompts")
     if not parts:
@@ -262,7 +262,7 @@ def _made_for_nothing(recipe: Recipe) -> list[str]:
     made = edits_made(recipe) or images_made(recipe)
     what = "edits" if recipe.task == "edit" else "pairs"
     # How many edits there are of a folder's images is known when it is read.
-    if recipe.source_folder:
+    if recipe.image_folder:
         return []
     seen = expected_rows(made, recipe.batch, recipe.steps)
     if seen >= ENOUGH_SEEN * made:

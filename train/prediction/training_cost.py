@@ -271,14 +271,12 @@ def sampler_batches(recipe: Recipe) -> float:
 
     An edit takes its strength's share of a run.
     """
-    source = recipe.source
-    edit = 0.0
-    if recipe.task == "edit":
-        edit = sum(source.strengths) / len(source.strengths)
+    strengths = recipe.source.strengths
+    edit = sum(strengths) / len(strengths)
     runs = images_made(recipe) + edits_made(recipe) * edit
-    # The teacher makes the images of held-out prompts, and edits each of them once.
+    # The teacher makes the images of held-out prompts. Where edits are trained it edits each once.
     if recipe.held_out.prompts:
-        runs += recipe.held_out.count * (1 + edit)
+        runs += recipe.held_out.count * (1 + edit if recipe.task == "edit" else 1)
     return runs / recipe.teacher.batch
 
 
@@ -288,11 +286,11 @@ def images_made(recipe: Recipe) -> int:
 
 
 def edits_made(recipe: Recipe) -> int:
-    """Edits that the teacher makes; none of another task.
+    """Edits that the teacher makes: of the task edit, and of the pictures of text to image.
 
     A folder of images, whose size is not known here, is taken to hold ``teacher.pairs`` of them.
     """
-    return _pairs(recipe) * recipe.source.per_image if recipe.task == "edit" else 0
+    return _pairs(recipe) * recipe.source.per_image if recipe.makes_edits else 0
 
 
 def _cached_pairs(recipe: Recipe) -> int:
@@ -320,7 +318,9 @@ def _decodes_targets(recipe: Recipe, resolution: tuple[int, int]) -> bool:
     # Inpainting and super-resolution of a folder of images compare with its files.
     if recipe.source_folder and recipe.task != "edit":
         return False
-    images = edits_made(recipe) or _pairs(recipe)
+    images = edits_made(recipe)
+    if recipe.task != "edit":
+        images += _pairs(recipe)
     height, width = resolution
     return 3 * height * width * images > TABLE_BYTES
 

@@ -76,12 +76,14 @@ class TeacherSettings(Settings):
 
 
 class SourceSettings(Settings):
-    """The images that editing, inpainting and super-resolution start from."""
+    """The images that editing, inpainting and super-resolution start from, and pictures that text
+    to image learns from beside the teacher's images."""
 
     images: str | None = None
     """Folder of images, relative to the recipe, with captions in metadata.jsonl or metadata.csv
     (file_name, text), or in a text beside each image. The default is the teacher's own images of
-    the prompts."""
+    the prompts. Of text to image: pictures whose edits by the teacher are learned beside
+    teacher.pairs images; the default is none."""
     captions: bool = True
     """Whether the images of the folder have captions. false: all train with the empty prompt."""
     prompts: str | None = None
@@ -93,7 +95,7 @@ class SourceSettings(Settings):
     """Share of the examples of inpainting and super-resolution that have no prompt."""
     strengths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.8, 0.6, 0.4)
     """Of editing: how far an edit may go from its source, in (0, 1]. Each strength must be a whole
-    number of the teacher's steps."""
+    number of the teacher's steps. Of text to image: how far the teacher goes from a picture."""
     same: str | None = None
     """Of editing: regular expression with one group. Prompts in which the group matches the same
     text are edits of one another. By default any two prompts are."""
@@ -244,7 +246,7 @@ class Recipe(_TrainingSettings):
     task: TrainedTask = "generate"
     """The task that the step learns; see hipa_deploy.tasks."""
     source: SourceSettings = SourceSettings()
-    """The images that tasks other than generate start from."""
+    """The images that tasks other than generate start from, or pictures to learn from."""
     resolution: int | None = Field(None, ge=8, le=8192)
     """Side in pixels of the square images that are trained on; by default the size that the model
     was made for. Bundles and reports of the adaptor have it too."""
@@ -277,11 +279,24 @@ class Recipe(_TrainingSettings):
         return 1 if self.decode_crop is not None else super().held_out_rows
 
     @property
+    def image_folder(self) -> Path | None:
+        """The folder of images that are trained on, whatever the task; None without one."""
+        return Path(self.source.images) if self.source.images else None
+
+    @property
     def source_folder(self) -> Path | None:
-        """The folder of images that are trained on, if there is one: text to image has none."""
-        if self.task == "generate" or not self.source.images:
-            return None
-        return Path(self.source.images)
+        """That folder where a task starts from its images; text to image starts from noise."""
+        return None if self.task == "generate" else self.image_folder
+
+    @property
+    def pictures_folder(self) -> Path | None:
+        """That folder of text to image, which learns the teacher's edits of its pictures."""
+        return self.image_folder if self.task == "generate" else None
+
+    @property
+    def makes_edits(self) -> bool:
+        """Whether the teacher edits images, ``source.strengths`` far."""
+        return self.task == "edit" or self.pictures_folder is not None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -300,6 +315,22 @@ class Recipe(_TrainingSettings):
         if loss.latent_weight or loss.latent_hf_weight or loss.latent_warmup_steps:
             return True
         return loss.has_image_terms or bool(self.latent_discriminator.weight)
+
+    @model_validator(mode="after")
+    def _pictures_are_learned(self) -> Recipe:
+        if self.pictures_folder is None:
+            return self
+        if not self.source.captions:
+            raise ValueError(
+                "source.captions = false leaves text to image nothing to learn from source.images: "
+                "leave out one of them"
+            )
+        if not self.needs_targets:
+            raise ValueError(
+                "source.images of text to image needs a loss that compares with the teacher's "
+                "images, and every such weight is 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _encoder_adaptor_is_for_upscaling(self) -> Recipe:
@@ -350,7 +381,7 @@ class Recipe(_TrainingSettings):
     @model_validator(mode="after")
     def _strengths_are_steps(self) -> Recipe:
         """Each strength must lead to a timestep of the teacher's sampler, where an edit starts."""
-        if self.task != "edit":
+        if not self.makes_edits:
             return self
 
         # A strength is a share of the schedule of 1000 timesteps, and of the sampler's steps.

@@ -172,6 +172,15 @@ def test_a_card_names_the_data_that_were_used(adaptor: Path, tmp_path: Path) -> 
     assert "| teacher's images | 60, 5 UNet evaluations each |" in text
     assert "| teacher's edits | 240, at most 5 UNet evaluations each |" in text
 
+    source = {"images": "photos", "per_image": 2}
+    pictures = recipe | {"teacher": teacher, "source": source}
+    change(adaptor, task="generate", strengths=[], recipe=pictures)
+    text = card(adaptor, tmp_path / "pictures")
+    assert "| folder of images | photos |" in text
+    assert "| prompts | " in text
+    assert "| teacher's images | 60, 5 UNet evaluations each |" in text
+    assert "| teacher's edits | 2 of each image, at most 5 UNet evaluations each |" in text
+
     loss = {"perceptual": "none", "hf_weight": 0.0, "latent_weight": 0.0}
     score = {"teacher": teacher, "loss": loss, "score": {"weight": 1.0}, "samples": 1}
     alone = {**recipe, **score, "latent_discriminator": {"weight": 0.0}}

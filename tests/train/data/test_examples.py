@@ -214,6 +214,58 @@ def test_real_images_with_captions(
     assert edited.count == 3
 
 
+def test_text_to_image_learns_the_teachers_edits_of_pictures_from_noise_alone(
+    model: DiffusionModel, recipe: Recipe, images: Path, cache: Path
+) -> None:
+    chosen = of_task(recipe, "generate", images=str(images), strengths=[1.0, 0.5], per_image=2)
+    examples = examples_of(model, chosen, cache)
+    first = recipe.teacher.pairs
+    assert examples.count == first + 6
+    assert examples.source is None
+
+    # The prompts' own pairs come first, and are those of a recipe without pictures.
+    alone = examples_of(model, of_task(recipe, "generate"), cache)
+    assert torch.equal(examples.latents(ROWS), alone.latents(ROWS))
+
+    # Each picture has both strengths; the student sees nothing of it.
+    rows = first + torch.arange(6)
+    assert list(examples.step_inputs(rows)) == ["noise"]
+    assert examples.prompts(rows) == ["a red wall"] * 2 + [""] * 2 + ["snow"] * 2
+    noise = examples.step_inputs(rows[1:2])["noise"]
+    red = torch.zeros(1, 3, *model.resolution)
+    red[:, 0] = 1
+    signal = model.alpha_bar(499)
+    start = signal**0.5 * model.encode(red) + (1 - signal) ** 0.5 * noise
+    expected = teacher_latents(
+        model, start, model.conditions(["a red wall"]), model.unguided(), chosen.teacher, 499
+    )
+    assert torch.allclose(examples.latents(rows[1:2]), expected, atol=1e-2)
+
+
+def test_pictures_of_text_to_image_are_learned_or_refused(
+    recipe: Recipe, images: Path, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"source\.captions = false leaves text to image nothing"):
+        of_task(recipe, "generate", images=str(images), captions=False, strengths=[0.5])
+    with pytest.raises(ValueError, match=r"strength 0\.3 is no whole number"):
+        of_task(recipe, "generate", images=str(images), strengths=[0.3])
+    chosen = of_task(recipe, "generate", images=str(images), strengths=[0.5])
+    loss = {"perceptual": "none", "hf_weight": 0, "latent_weight": 0}
+    with pytest.raises(ValueError, match="needs a loss that compares with the teacher's images"):
+        Recipe.model_validate(chosen.model_dump() | {"loss": loss, "score": {"weight": 1}})
+    path = train_adaptor(
+        chosen,
+        MODEL,
+        tmp_path / "adaptor",
+        cache=cache,
+        device="cpu",
+        console=QUIET,
+    )
+    metadata = read_metadata(path)
+    assert (metadata.task, metadata.strengths) == ("generate", ())
+    assert metadata.recipe["source"]["images"] == "images"
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

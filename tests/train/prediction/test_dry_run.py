@@ -167,6 +167,12 @@ def test_a_folders_images_are_not_made(model_dir: Path, recipe: Recipe) -> None:
     text = text_of([dry_run.facts_table(edits_of_folder, model_dir, "3 distinct")])
     assert "200,000 edits, where the folder has 50,000 images: 0.10 GB" in text
 
+    # Text to image learns the prompts' images beside the edits of pictures.
+    pictures = of("generate", strengths=[1.0], per_image=2, images="photos")
+    assert dry_run.doubts(pictures, 1000) == []
+    text = text_of([dry_run.facts_table(pictures, model_dir, "3 distinct")])
+    assert "50,000, 100,000 edits, where the folder has 50,000 images: 0.10 GB" in text
+
 
 def test_the_pairs_that_the_steps_draw_are_those_of_a_training() -> None:
     drawn = set()

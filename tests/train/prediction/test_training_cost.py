@@ -261,6 +261,16 @@ def test_edits_of_an_image_are_decoded_one_by_one(
     assert predict_training(edit, model_dir).target is not None
 
 
+def test_edits_of_pictures_are_made_beside_the_images_of_the_prompts(recipe: Recipe) -> None:
+    alone = of_task(recipe, "generate")
+    pictures = of_task(recipe, "generate", images="photos", strengths=[1.0], per_image=2)
+    count = recipe.teacher.pairs
+    assert training_cost.images_made(pictures) == count
+    assert training_cost.edits_made(pictures) == 2 * count
+    batches = training_cost.sampler_batches
+    assert batches(pictures) == pytest.approx(3 * batches(alone))
+
+
 def test_no_weights_are_needed(model_dir: Path, recipe: Recipe, tmp_path: Path) -> None:
     for path in model_dir.rglob("*.json"):
         target = tmp_path / path.relative_to(model_dir)
