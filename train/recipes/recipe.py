@@ -653,6 +653,9 @@ def _first_problem(error: ValidationError) -> str:
         # pydantic begins its messages with a capital letter; here they follow a colon.
         message = str(problem["msg"])[:200]
         text = f"{key} = {brief(problem['input'])}: {message[0].lower()}{message[1:]}"
+        # A rule that several settings break together names them itself.
+        if not key:
+            text = message.removeprefix("Value error, ")
 
     more = error.error_count() - 1
     return f"{text} (and {more} more)" if more else text

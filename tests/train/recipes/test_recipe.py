@@ -160,3 +160,8 @@ def test_an_edit_starts_where_a_step_of_the_teacher_does(
         load_recipe("emoji-edit", {"source.strengths": [strength], "teacher.steps": steps})
         assert strength_timestep(strength) in scheduler.timesteps.tolist()
     assert len(strengths) >= 5
+
+
+def test_settings_that_contradict_each_other_are_named_without_the_whole_recipe() -> None:
+    with pytest.raises(HipaError, match=r"emoji-edit.toml: strength 0\.63 is no whole number"):
+        load_recipe("emoji-edit", {"source.strengths": [0.63]})
