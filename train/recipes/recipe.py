@@ -649,13 +649,13 @@ def _first_problem(error: ValidationError) -> str:
         text = f"unknown key {brief(key)}"
     elif problem["type"] == "missing":
         text = f"key {key!r} is missing"
+    elif not key:
+        # A rule that several settings break together names them itself.
+        text = str(problem["msg"])[:200].removeprefix("Value error, ")
     else:
         # pydantic begins its messages with a capital letter; here they follow a colon.
         message = str(problem["msg"])[:200]
         text = f"{key} = {brief(problem['input'])}: {message[0].lower()}{message[1:]}"
-        # A rule that several settings break together names them itself.
-        if not key:
-            text = message.removeprefix("Value error, ")
 
     more = error.error_count() - 1
     return f"{text} (and {more} more)" if more else text
