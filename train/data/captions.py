@@ -43,9 +43,12 @@ def image_paths(folder: Path) -> list[Path]:
         HipaError: the folder is missing, or holds no image.
 
     """
+    formats = ", ".join(sorted(FORMATS))
+    if not folder.is_dir():
+        got = "it is a file" if folder.exists() else "there is no such folder"
+        raise HipaError(f"images {folder}: {got}. Expected a folder of {formats} files.")
     paths = [path for path in _with_endings(folder) if not _is_skipped(folder, path)]
     if not paths:
-        formats = ", ".join(sorted(FORMATS))
         raise HipaError(f"images {folder}: no image in it. Expected a folder of {formats} files.")
     return paths
 

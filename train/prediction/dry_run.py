@@ -23,6 +23,7 @@ from hipa_deploy.train.prediction.training_cost import (
     TrainingPrediction,
     call_counts,
     edits_made,
+    folder_size,
     images_made,
     measure_steps,
     predict_training,
@@ -197,8 +198,7 @@ def _made_by_teacher(prediction: TrainingPrediction) -> str:
     if images:
         parts.append(f"{images:,}")
     if edits:
-        of_folder = f", where the folder has {recipe.teacher.pairs:,} images"
-        parts.append(f"{edits:,} edits{of_folder if recipe.image_folder else ''}")
+        parts.append(f"{edits:,} edits{_of_folder(recipe)}")
     if recipe.held_out.prompts:
         parts.append(f"{recipe.held_out.count:,} of held-out prompts")
     if not parts:
@@ -207,6 +207,16 @@ def _made_by_teacher(prediction: TrainingPrediction) -> str:
     # A small training's would be 0.00 GB.
     digits = 2 if size >= 0.01 else 4
     return f"{', '.join(parts)}: {size:.{digits}f} GB in the cache"
+
+
+def _of_folder(recipe: Recipe) -> str:
+    """How many images of a folder the edits start from, in words; nothing without a folder."""
+    if not recipe.image_folder:
+        return ""
+    images = folder_size(recipe.image_folder)
+    if images is None:
+        return f", where the folder has {recipe.teacher.pairs:,} images"
+    return f" of the folder's {images:,} images"
 
 
 def doubts(prediction: TrainingPrediction, prompt_count: int | None) -> list[str]:
@@ -261,8 +271,11 @@ def _made_for_nothing(recipe: Recipe) -> list[str]:
     """A sentence where the steps see much fewer images or edits than the teacher makes."""
     made = edits_made(recipe) or images_made(recipe)
     what = "edits" if recipe.task == "edit" else "pairs"
-    # How many edits there are of a folder's images is known when it is read.
-    if recipe.image_folder:
+    if recipe.pictures_folder:
+        made += images_made(recipe)
+        what = "pairs and edits"
+    # How many edits there are of a folder's images is known when it is there.
+    if not made or (recipe.image_folder and folder_size(recipe.image_folder) is None):
         return []
     seen = expected_rows(made, recipe.batch, recipe.steps)
     if seen >= ENOUGH_SEEN * made:

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hipa_deploy.errors import HipaError
 from hipa_deploy.models.model_config import ModelConfig
+from hipa_deploy.train.data.captions import image_paths
 from hipa_deploy.train.data.teacher_pairs import TABLE_BYTES
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.unet_adaptor import trained_parameters
@@ -288,9 +289,24 @@ def images_made(recipe: Recipe) -> int:
 def edits_made(recipe: Recipe) -> int:
     """Edits that the teacher makes: of the task edit, and of the pictures of text to image.
 
-    A folder of images, whose size is not known here, is taken to hold ``teacher.pairs`` of them.
+    A folder of images that is not there yet is taken to hold ``teacher.pairs`` of them.
     """
-    return _pairs(recipe) * recipe.source.per_image if recipe.makes_edits else 0
+    if not recipe.makes_edits:
+        return 0
+    images = folder_size(recipe.image_folder) if recipe.image_folder else None
+    return (images or _pairs(recipe)) * recipe.source.per_image
+
+
+@cache
+def folder_size(folder: Path) -> int | None:
+    """How many images a recipe's folder holds; None where it has none yet.
+
+    It is counted once, as a folder of 50,000 files takes a second.
+    """
+    try:
+        return len(image_paths(folder))
+    except HipaError:
+        return None
 
 
 def _cached_pairs(recipe: Recipe) -> int:

@@ -33,8 +33,14 @@ def test_captions_follow_the_prompts_that_there_are(model: DiffusionModel, tmp_p
 
 
 def test_a_folder_without_images(model: DiffusionModel, tmp_path: Path) -> None:
-    with pytest.raises(HipaError, match=r"none: no image in it. Expected a folder of .bmp, .jpeg"):
+    expected = r"Expected a folder of .bmp, .jpeg"
+    with pytest.raises(HipaError, match=rf"none: there is no such folder. {expected}"):
         folder_source_images(model, tmp_path / "none", [], QUIET)
+    (tmp_path / "file").touch()
+    with pytest.raises(HipaError, match=rf"file: it is a file. {expected}"):
+        folder_source_images(model, tmp_path / "file", [], QUIET)
+    with pytest.raises(HipaError, match=rf"no image in it. {expected}"):
+        folder_source_images(model, tmp_path, [], QUIET)
 
 
 def test_a_damaged_image_is_found_at_once(

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -172,6 +173,34 @@ def test_a_folders_images_are_not_made(model_dir: Path, recipe: Recipe) -> None:
     assert dry_run.doubts(pictures, 1000) == []
     text = text_of([dry_run.facts_table(pictures, model_dir, "3 distinct")])
     assert "50,000, 100,000 edits, where the folder has 50,000 images: 0.10 GB" in text
+
+
+def test_the_images_of_a_folder_are_counted(
+    model_dir: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    for number in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    teacher = recipe.teacher.model_copy(update={"pairs": 50})
+
+    def of(task: str, **source: object) -> dry_run.TrainingPrediction:
+        source = {"images": str(tmp_path), **source}
+        values = recipe.model_dump() | {"task": task, "source": source}
+        chosen = Recipe.model_validate(values).model_copy(update={"teacher": teacher})
+        return predict_once(chosen, model_dir)
+
+    of_folder = of("edit", strengths=[1.0], per_image=4)
+    text = text_of([dry_run.facts_table(of_folder, model_dir, "3 distinct")])
+    assert "12 edits of the folder's 3 images: " in text
+    batch = of_folder.recipe.teacher.batch
+    assert of_folder.sampler_batches == pytest.approx(12 / batch)
+
+    pictures = of("generate", strengths=[1.0], per_image=2)
+    text = text_of([dry_run.facts_table(pictures, model_dir, "3 distinct")])
+    assert "50, 6 edits of the folder's 3 images: " in text
+    assert pictures.sampler_batches == pytest.approx(56 / batch)
+    assert "of the 56 pairs and edits" in dry_run.doubts(pictures, 1000)[0]
+
+    assert dry_run.doubts(of("upscale", factor=2), 1000) == []
 
 
 def test_the_pairs_that_the_steps_draw_are_those_of_a_training() -> None:
