@@ -131,12 +131,16 @@ class Pictures:
         """The number of emoji."""
         return len(self.rows)
 
+    def sprite(self, index: int) -> np.ndarray:
+        """One emoji as it is stored, uint8 RGBA of SPRITE pixels."""
+        return self._sprites_NHWC[self._numbers[index]]
+
     def draw(
         self, index: int, rng: np.random.Generator, colour: str | None = None
     ) -> tuple[np.ndarray, str]:
         """A random picture of one emoji, uint8 [128, 128, 3], and its background's colour."""
         placement = random_placement(rng, self.rows[index]["mirror"] == "1", colour)
-        return draw(self._sprites_NHWC[self._numbers[index]], placement), placement.colour
+        return draw(self.sprite(index), placement), placement.colour
 
     def draw_batch(
         self, indices: Iterable[int], rng: np.random.Generator, colour: str | None = None

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import colorsys
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from augment import SIZE, Pictures, Placement, draw, random_placement, shade_of
-from captions import COLOURS, KIND_BY_SUBGROUP, KINDS, levels, may_mirror, with_article
+from captions import (
+    COLOURS,
+    KIND_BY_SUBGROUP,
+    KINDS,
+    exact_caption,
+    levels,
+    may_mirror,
+    with_article,
+)
+from PIL import Image
+from write_pictures import main as write_pictures
 
 from tests.emoji.emoji_run import ROWS, one_sided_sprite, write_run
 
@@ -124,3 +135,26 @@ def test_pictures_are_those_of_the_split_and_repeat_with_the_seed(tmp_path: Path
     on_pink, names = train.draw_batch([1], np.random.default_rng(7), "pink")
     assert names == ["pink"]
     assert on_pink[0, 0, 0, 0] > on_pink[0, 0, 0, 1]
+
+
+def test_a_folder_of_pictures_has_each_emoji_on_white_and_on_the_colour_of_its_caption(
+    tmp_path: Path,
+) -> None:
+    run = write_run(tmp_path / "run")
+    write_pictures(run, tmp_path / "pictures")
+    lines = (tmp_path / "pictures" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    trained = [exact_caption(row[0], row[1]) for row in ROWS if row[3] == "train"]
+    half = len(trained)
+    assert [row["text"] for row in rows[:half]] == trained
+    for row, caption in zip(rows[half:], trained, strict=True):
+        assert row["text"].removeprefix(f"{caption} on a ").removesuffix(" background") in COLOURS
+
+    for row in rows:
+        with Image.open(tmp_path / "pictures" / row["file_name"]) as image:
+            assert image.size == (SIZE, SIZE)
+            is_white = image.getpixel((0, 0)) == (255, 255, 255)
+        assert is_white == ("background" not in row["text"])
+
+    with pytest.raises(SystemExit, match="exists already"):
+        write_pictures(run, tmp_path / "pictures")
