@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from hipa_deploy.errors import HipaError
@@ -27,6 +28,8 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "difference": (("difference",), ()),
     "bias": (("bias_difference",), ()),
 }
+# What an IP-Adapter's tensors, or the tables of its pickled file, begin with.
+IP_ADAPTER = ("image_proj", "ip_adapter")
 # What every kind may have beside.
 COMMON = ("alpha", "magnitude", "dora_scale", "bias", "bias_difference")
 # Two ways to say the same thing, of which a layer has one: the other would be left over.
@@ -100,3 +103,11 @@ def rank_of(kind: str, tensors: Mapping[str, Shaped]) -> int | None:
         if "lokr_w1_b" in tensors:
             return int(tensors["lokr_w1_b"].shape[0])
     return None
+
+
+def refuse_ip_adapter(file: Path, names: Collection[str]) -> None:
+    """Raise HipaError where the names in a file are those of an IP-Adapter."""
+    if any(name.startswith(IP_ADAPTER) for name in names):
+        raise HipaError(
+            f"{file} is an IP-Adapter, which is not supported. Expected a LoRA or an embedding."
+        )

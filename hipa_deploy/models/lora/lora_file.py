@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from hipa_deploy.errors import HipaError, as_line
 from hipa_deploy.models.lora.find_lora import find_lora, lora_sha256
-from hipa_deploy.models.lora.kinds import Shaped, kind_of, rank_of
+from hipa_deploy.models.lora.kinds import Shaped, kind_of, rank_of, refuse_ip_adapter
 from hipa_deploy.models.lora.names import SECOND, LayerKey, ModuleNames, role_of
 from hipa_deploy.models.lora.scaling import PeftSettings
 
@@ -170,6 +170,7 @@ def by_layer(
             )
         roles[role] = value
     if unknown:
+        refuse_ip_adapter(file, unknown)
         raise HipaError(
             f"{file} holds {_some(unknown)}, which is no part of a LoRA that is known here. "
             "Expected diffusers, peft, kohya or LyCORIS."

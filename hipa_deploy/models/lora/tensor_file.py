@@ -13,6 +13,7 @@ from torch import Tensor
 from hipa_deploy.disk.reading import MIB, parse_json, read_json, shown
 from hipa_deploy.errors import HipaError, as_line, brief, first_line
 from hipa_deploy.models.lora.find_lora import PEFT_CONFIG, has_peft_config
+from hipa_deploy.models.lora.kinds import refuse_ip_adapter
 from hipa_deploy.models.weights import pickled
 from hipa_deploy.models.weights.weight_file import SAFETENSORS
 
@@ -35,6 +36,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(stored, Mapping) or not stored:
         raise HipaError(f"{file} holds no tensors. Copy the file again.")
 
+    refuse_ip_adapter(file, [str(name) for name in stored])
     tensors = {}
     for name, value in stored.items():
         if not isinstance(value, Tensor):

@@ -127,6 +127,19 @@ def test_a_pickled_file_runs_no_code(parts: dict[str, torch.nn.Module], tmp_path
         merged(parts, tmp_path / "number.pt")
 
 
+def test_an_ip_adapter_is_called_one(parts: dict[str, torch.nn.Module], tmp_path: Path) -> None:
+    # As h94/IP-Adapter has them, of the same tensors.
+    projection = {"proj.weight": torch.zeros(16, 8), "norm.weight": torch.zeros(4)}
+    attention = {"1.to_k_ip.weight": torch.zeros(4, 4)}
+    torch.save({"image_proj": projection, "ip_adapter": attention}, tmp_path / "ip.bin")
+    flat = {f"image_proj.{name}": value for name, value in projection.items()}
+    flat |= {f"ip_adapter.{name}": value for name, value in attention.items()}
+    save_file(flat, tmp_path / "ip.safetensors")
+    for name in ("ip.bin", "ip.safetensors"):
+        with pytest.raises(HipaError, match=rf"{name} is an IP-Adapter, which is not supported"):
+            merged(parts, tmp_path / name)
+
+
 def test_peft_folders_of_both_parts_against_peft(
     parts: dict[str, torch.nn.Module], tmp_path: Path
 ) -> None:
