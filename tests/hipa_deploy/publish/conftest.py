@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from hipa_deploy.embedded import ADAPTOR, MODEL
+from hipa_deploy.models.adaptor_folder import METADATA
 from hipa_deploy.publish.folders import Wishes, open_publication
 
 PNG = b"\x89PNG"
@@ -18,7 +19,14 @@ PNG = b"\x89PNG"
 
 @pytest.fixture
 def adaptor(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(ADAPTOR, tmp_path / "my-adaptor"))
+    """The embedded adaptor, which is an average, as if its recipe had trained it from another."""
+    folder = Path(shutil.copytree(ADAPTOR, tmp_path / "my-adaptor"))
+    metadata = json.loads((folder / METADATA).read_text())
+    del metadata["recipe"]["average"]
+    metadata["recipe"]["source"]["images"] = None
+    metadata["initial_sha256"] = "d" * 64
+    (folder / METADATA).write_text(json.dumps(metadata))
+    return folder
 
 
 @pytest.fixture
