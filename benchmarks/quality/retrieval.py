@@ -50,7 +50,7 @@ def sentence_vectors() -> Callable[[list[str]], Tensor] | None:
 
 
 def train_heads(
-    images_ND: Tensor, texts_ND: Tensor, epochs: int = 30
+    images_ND: Tensor, texts_ND: Tensor, epochs: int = 30, seed: int = 0
 ) -> tuple[nn.Linear, nn.Linear]:
     """Train an image head and a text head with a contrastive loss.
 
@@ -61,13 +61,14 @@ def train_heads(
         images_ND: Pooled Lite0 features of images.
         texts_ND: Sentence vectors of their captions, row by row.
         epochs: Passes over the rows.
+        seed: Of the heads' first weights and of the order of the rows.
 
     Returns:
         The two heads. The global random state is left as it was.
 
     """
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         image_head = nn.Linear(images_ND.shape[1], WIDTH)
         text_head = nn.Linear(texts_ND.shape[1], WIDTH)
         weights = [*image_head.parameters(), *text_head.parameters()]
