@@ -320,16 +320,20 @@ def teacher_pairs(
     # Each process makes every count-th shard. Taking turns spreads shards that are missing at the
     # end of an extended cache over all processes.
     shards = {}
-    with processes.fail_together(), ProgressBar(console) as progress:
+    with ProgressBar(console) as progress:
         title = "teacher pairs" if edits is None else "teacher's edits"
         task = progress.add_task(title, total=count)
-        for start, stop in ranges[processes.index :: processes.count]:
-            path = _shard_path(folder, start, stop)
-            found = _read_shard(path)
-            if found is None or not fits(found, start, stop):
-                found = _write_shard(path, make_shard(start, stop))
-            shards[start] = found
-            progress.update(task, completed=stop)
+        with processes.fail_together():
+            for start, stop in ranges[processes.index :: processes.count]:
+                path = _shard_path(folder, start, stop)
+                found = _read_shard(path)
+                if found is None or not fits(found, start, stop):
+                    found = _write_shard(path, make_shard(start, stop))
+                shards[start] = found
+                progress.update(task, completed=stop)
+
+        # The last shard may have been another process's.
+        progress.update(task, completed=count)
 
     # All shards exist when every process has left the block above: now read those of the others.
     with processes.fail_together():
