@@ -196,6 +196,19 @@ def make_images(
         text = text or trained.text
         size = trained.resolution
 
+    # What takes one step, or none, comes before the teacher's many: an image of another size, or a
+    # prompt that a bundle does not know, is said before minutes or hours of its images.
+    others = {}
+    with console.status("one-step images"):
+        for rival in rivals:
+            others[rival.row] = rival_images(
+                model_dir, rival, texts, seeds, style=style, text=text, size=size
+            )
+        base = one_step_images(model_dir, None, texts, seeds, style=style, text=text, size=size)
+        own = {BASE: base}
+        if adaptor is not None:
+            own[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style, text=text)
+
     # The teacher at fewer steps shows what its steps are worth on this model.
     for steps in FEWER_STEPS:
         if steps >= teacher.steps:
@@ -212,19 +225,7 @@ def make_images(
             model_dir, texts, seeds, teacher, style, text, size
         )
 
-    with console.status("one-step images"):
-        rows[BASE] = one_step_images(
-            model_dir, None, texts, seeds, style=style, text=text, size=size
-        )
-        if adaptor is not None:
-            rows[ADAPTED] = one_step_images(
-                model_dir, adaptor, texts, seeds, style=style, text=text
-            )
-        for rival in rivals:
-            rows[rival.row] = rival_images(
-                model_dir, rival, texts, seeds, style=style, text=text, size=size
-            )
-    return rows, again
+    return {**rows, **own, **others}, again
 
 
 def quality_report(
