@@ -27,7 +27,7 @@ from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.captions import captioned_sha256
-from hipa_deploy.train.data.crops import check_crop, crop_corners, cropped
+from hipa_deploy.train.data.crops import crop_corners, cropped
 from hipa_deploy.train.data.edit_prompts import check_related
 from hipa_deploy.train.data.examples import EDIT_NOISE_STREAM, TaskExamples, task_examples
 from hipa_deploy.train.data.source_images import real_latents
@@ -64,7 +64,13 @@ from hipa_deploy.train.model.unet_adaptor import (
     start_note,
     without_adaptor,
 )
-from hipa_deploy.train.recipes.recipe import Recipe, held_out_prompts, read_prompts, source_prompts
+from hipa_deploy.train.recipes.recipe import (
+    Recipe,
+    check_crop,
+    held_out_prompts,
+    read_prompts,
+    source_prompts,
+)
 from hipa_deploy.train.training_request import check_held_out, trained_prompts, with_captions
 
 
