@@ -79,6 +79,9 @@ def held_out_key(recipe: Recipe | DecoderRecipe, prompts: list[str]) -> str:
     # What is written may change on the way. The average, the default, is left out as before.
     if recipe.ema_decay and recipe.written != "average":
         parts.append(recipe.written)
+    # The teacher's images are edited by other noise than before.
+    if isinstance(recipe, Recipe) and recipe.task == "edit":
+        parts.append("other noise than the sources'")
     text = "\n".join(parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

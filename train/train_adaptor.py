@@ -27,9 +27,9 @@ from hipa_deploy.models.decoder_folder import vae_sha256
 from hipa_deploy.models.style import Style
 from hipa_deploy.tasks import strength_timestep
 from hipa_deploy.train.data.captions import captioned_sha256
-from hipa_deploy.train.data.crops import check_crop, crop_corners, cropped
+from hipa_deploy.train.data.crops import crop_corners, cropped
 from hipa_deploy.train.data.edit_prompts import check_related
-from hipa_deploy.train.data.examples import TaskExamples, task_examples
+from hipa_deploy.train.data.examples import EDIT_NOISE_STREAM, TaskExamples, task_examples
 from hipa_deploy.train.data.source_images import real_latents
 from hipa_deploy.train.data.teacher_pairs import RowFunction, rows_at_once
 from hipa_deploy.train.distribution.terms import distribution_terms
@@ -64,7 +64,13 @@ from hipa_deploy.train.model.unet_adaptor import (
     start_note,
     without_adaptor,
 )
-from hipa_deploy.train.recipes.recipe import Recipe, held_out_prompts, read_prompts, source_prompts
+from hipa_deploy.train.recipes.recipe import (
+    Recipe,
+    check_crop,
+    held_out_prompts,
+    read_prompts,
+    source_prompts,
+)
 from hipa_deploy.train.training_request import check_held_out, trained_prompts, with_captions
 
 
@@ -352,7 +358,7 @@ def train_adaptor(
 
 
 def _further_identity(recipe: Recipe, model: DiffusionModel) -> dict[str, Any]:
-    """The part of a run's identity that its result does not record: FURTHER_IDENTITY."""
+    """The part of a run's identity that its result does not record: FURTHER_IDENTITY, REPLACED."""
     shown = source_prompts(recipe, model.folder)
     source = None
     if recipe.image_folder:
@@ -360,7 +366,11 @@ def _further_identity(recipe: Recipe, model: DiffusionModel) -> dict[str, Any]:
     real = None
     if recipe.compares_distributions and recipe.latent_discriminator.real_images:
         real = captioned_sha256(Path(recipe.latent_discriminator.real_images))
+    edit_noise = None
+    if recipe.task == "edit" and not recipe.source_folder:
+        edit_noise = EDIT_NOISE_STREAM
     return model.identity() | {
+        "edit_noise": edit_noise,
         "decoding_vae_sha256": vae_sha256(model.folder),
         "source_prompts_sha256": _lines_sha256(shown) if shown else None,
         "source_images_sha256": source,

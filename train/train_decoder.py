@@ -27,7 +27,6 @@ from torch import Tensor
 
 from hipa_deploy.disk.files import new_folder
 from hipa_deploy.disk.hashing import file_sha256
-from hipa_deploy.errors import HipaError
 from hipa_deploy.models.adaptor_folder import WEIGHTS, read_metadata, unet_sha256
 from hipa_deploy.models.decoder_folder import (
     DECODER_METADATA,
@@ -63,6 +62,7 @@ from hipa_deploy.train.model.unet_adaptor import one_step_model
 from hipa_deploy.train.recipes.recipe import (
     DecoderRecipe,
     DecoderSettings,
+    check_levels,
     held_out_prompts,
     read_prompts,
 )
@@ -379,15 +379,8 @@ def tiny_autoencoder(settings: DecoderSettings, model: DiffusionModel, seed: int
         HipaError: its levels do not enlarge as the model's VAE does.
 
     """
-    # Every level but the last doubles height and width.
+    check_levels(settings, model.config)
     levels = len(settings.blocks)
-    enlargement = 2 ** (levels - 1)
-    factor = model.pipe.vae_scale_factor
-    if enlargement != factor:
-        raise HipaError(
-            f"decoder.blocks has {levels} levels, which enlarge {enlargement} times. "
-            f"Expected {factor.bit_length()} for the {factor} times of {model.folder}."
-        )
 
     # Any: type checkers see diffusers' placeholder for an environment without torch.
     tiny: Any

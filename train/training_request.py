@@ -24,7 +24,10 @@ from hipa_deploy.train.losses.clip_folder import FETCH_CLIP, SCORER, check_clip_
 from hipa_deploy.train.recipes.recipe import (
     DecoderRecipe,
     Recipe,
+    check_crop,
+    check_distribution_terms,
     check_factor,
+    check_levels,
     held_out_prompts,
     read_prompts,
 )
@@ -55,9 +58,9 @@ def check_request(
         style: LoRAs and embeddings of the model.
 
     Raises:
-        HipaError: prompts, images or a scorer are missing or cannot be read; sizes or the timestep
-            do not fit the model; an adaptor or a LoRA is missing, damaged or does not fit the model
-            or the recipe; or the model is incomplete.
+        HipaError: prompts, images or a scorer are missing or cannot be read; sizes, timesteps,
+            terms of the loss or a decoder's levels do not fit the model; an adaptor or a LoRA is
+            missing, damaged or does not fit the model or the recipe; or the model is incomplete.
 
     """
     prompts = read_prompts(recipe, model)
@@ -69,6 +72,10 @@ def check_request(
     _check_timestep(recipe, config, start)
     if isinstance(recipe, Recipe):
         check_held_out(recipe, config)
+        check_crop(recipe.decode_crop, config.latents_of(recipe.size))
+        check_distribution_terms(recipe, config)
+    else:
+        check_levels(recipe.decoder, config)
     check_weights(model)
     if isinstance(recipe, Recipe) and recipe.image_folder:
         image_paths(recipe.image_folder)
@@ -208,6 +215,10 @@ def _check_files(
         )
     if isinstance(recipe, Recipe):
         _check_start(recipe, start, metadata)
+    elif metadata.task != "generate":
+        raise HipaError(
+            f"adaptor {start} is for the task {metadata.task}. Expected one for text to image."
+        )
 
 
 def check_trackers(names: Sequence[str]) -> None:

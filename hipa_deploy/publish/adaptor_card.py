@@ -204,9 +204,11 @@ def _origin(metadata: AdaptorMetadata) -> dict[str, object]:
     if metadata.initial_sha256 is None:
         return {}
     count = len(metadata.earlier_prompts_sha256)
-    sets = "1 set" if count == 1 else f"{count} sets"
+    sets = "1 set of prompts" if count == 1 else f"{count} sets of prompts"
+    if not count:  # the first adaptors that started from another did not record its prompts
+        sets = "prompts that were not recorded"
     start = f"an adaptor, SHA-256 of its weights `{metadata.initial_sha256}`"
-    return {"started from": f"{start}, trained before on {sets} of prompts"}
+    return {"started from": f"{start}, trained before on {sets}"}
 
 
 def _average(metadata: AdaptorMetadata) -> dict[str, Any] | None:

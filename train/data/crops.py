@@ -13,19 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hipa_deploy.errors import HipaError
-
 CROP_STREAM = 5  # beside those of train/data/examples.py: no two choices share their randomness
-
-
-def check_crop(side: int | None, latent_shape_CHW: tuple[int, int, int]) -> None:
-    """Raise HipaError for a square that is larger than the latents."""
-    smallest = min(latent_shape_CHW[1:])
-    if side is not None and side > smallest:
-        raise HipaError(
-            f"decode_crop = {side} is larger than the model's latents. "
-            f"Expected at most {smallest}, or no decode_crop to decode whole images."
-        )
 
 
 def crop_corners(

@@ -72,6 +72,9 @@ NOISE_STREAM = 1
 EDIT_CHOICE_STREAM = 2
 WITHOUT_PROMPT_STREAM = 3
 MASK_STREAM = 4
+# Noise that is added to the teacher's own images, which stream 0 has made: with that very noise the
+# teacher comes back to the source, and a user's image has none. Decoders have streams 1 to 4.
+EDIT_NOISE_STREAM = 6
 
 
 def _unchanged(image: Tensor, rows: Tensor) -> Tensor:
@@ -357,7 +360,11 @@ def choose_edits(
     # Of the settings only those that are read here belong in the cache key.
     used_settings = {"strengths", "same", "per_image"}
     key = {**source_images.key, **settings.model_dump(mode="json", include=used_settings)}
-    return _edits(model, source_images, image_N, torch.tensor(prompt_N), settings, key, console)
+    edits = _edits(model, source_images, image_N, torch.tensor(prompt_N), settings, key, console)
+    if recipe.source_folder:  # no noise has made its images
+        return edits
+    key = {**key, "noise_stream": EDIT_NOISE_STREAM}
+    return replace(edits, stream=EDIT_NOISE_STREAM, key=key)
 
 
 def picture_edits(

@@ -63,6 +63,7 @@ class Edits:
         timestep_N: Timestep to which each source is noised, int64 [N].
         key: What the edits depend on, as JSON values, except how many there are: part of the
             cache key.
+        stream: Of the noise that is added to the sources, as ``noise_seeds`` takes it.
 
     """
 
@@ -71,6 +72,7 @@ class Edits:
     prompt_N: Tensor
     timestep_N: Tensor
     key: dict[str, Any]
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -288,6 +290,7 @@ def teacher_pairs(
     prompt_N = prompt_order(len(prompts), teacher.pairs, seed) if edits is None else edits.prompt_N
     conditions = conditions or prompt_conditions(model, prompts, console)
     unguided = model.unguided()
+    stream = 0 if edits is None else edits.stream
     count = len(prompt_N)
     starts = range(0, count, teacher.batch)
     ranges = [(start, min(start + teacher.batch, count)) for start in starts]
@@ -295,7 +298,7 @@ def teacher_pairs(
     def make_shard(start: int, stop: int) -> dict[str, Tensor]:
         rows = torch.arange(start, stop)
         prompt_B = prompt_N[start:stop]
-        seed_B = noise_seeds(rows, seed)
+        seed_B = noise_seeds(rows, seed, stream)
         noise_BCHW = model.noise(seed_B.tolist())
         arguments = (noise_BCHW, conditions(prompt_B), unguided, teacher)
         if edits is None:
@@ -314,7 +317,7 @@ def teacher_pairs(
             and latents.dtype == getattr(torch, teacher.dtype)
             and bool(torch.isfinite(latents).all())
             and torch.equal(shard["prompt"], prompt_N[start:stop])
-            and torch.equal(shard["seed"], noise_seeds(torch.arange(start, stop), seed))
+            and torch.equal(shard["seed"], noise_seeds(torch.arange(start, stop), seed, stream))
         )
 
     # Each process makes every count-th shard. Taking turns spreads shards that are missing at the
@@ -442,7 +445,7 @@ def noise_seeds(rows: Tensor, seed: int, stream: int = 0) -> Tensor:
 def stream_noise(model: DiffusionModel, rows: Tensor, seed: int, stream: int) -> Tensor:
     """Standard normal float32 [B, C, H, W], a draw of its own for each (seed, stream, row).
 
-    Teacher pairs use stream 0; examples and decoders use others, so that no noise is seen twice.
+    Teacher pairs use stream 0; examples, edits of the teacher's images and decoders use others.
     """
     return model.noise(noise_seeds(rows, seed, stream).tolist())
 

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hipa_deploy.errors import HipaError
 from hipa_deploy.train.distribution.draws import (
     DISCRIMINATOR_STREAM,
     FAKE_STREAM,
@@ -41,7 +40,7 @@ from hipa_deploy.train.model.conditions import Conditions, predict
 from hipa_deploy.train.model.diffusion_model import DiffusionModel
 from hipa_deploy.train.model.mixed_precision import in_precision
 from hipa_deploy.train.model.unet_adaptor import without_adaptor
-from hipa_deploy.train.recipes.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe, check_distribution_terms
 
 Timesteps = tuple[int, int]
 
@@ -327,7 +326,7 @@ def distribution_terms(model: DiffusionModel, recipe: Recipe) -> DistributionTer
         HipaError: the UNet was made for inpainting, or a timestep is none of the model's.
 
     """
-    check_distribution_terms(recipe, model)
+    check_distribution_terms(recipe, model.config)
     if not recipe.compares_distributions:
         return None
     return DistributionTerms(
@@ -337,22 +336,3 @@ def distribution_terms(model: DiffusionModel, recipe: Recipe) -> DistributionTer
         prediction_type=model.prediction_type,
         unguided=model.unguided(),
     )
-
-
-def check_distribution_terms(recipe: Recipe, model: DiffusionModel) -> None:
-    """Raise HipaError if the recipe has terms that the model cannot have."""
-    length = len(model.config.alphas_cumprod)
-    tables = {"score": recipe.score, "latent_discriminator": recipe.latent_discriminator}
-    for name, settings in tables.items():
-        if not settings.weight:
-            continue
-        if model.concatenates:
-            raise HipaError(
-                f"{model.folder} fills holes only, and makes no whole images to compare. "
-                f"Set {name}.weight = 0."
-            )
-        if settings.timesteps[1] >= length:
-            raise HipaError(
-                f"recipe: {name}.timesteps = {list(settings.timesteps)}: expected timesteps below "
-                f"{length}, which is all that the model has."
-            )

@@ -7,6 +7,7 @@ Shapes: N images of a row of the report, H, W image size in pixels.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ from hipa_deploy.train.recipes.recipe import TeacherSettings
 FEW_PROMPTS = 64  # with fewer the intervals are too wide to rank adaptors (ours)
 # A share whose interval is as wide as the whole gap cannot tell none of it from all of it (ours).
 WIDEST_SHARE = 1.0
+_TEACHER = re.compile(r"teacher, \d+ steps?", re.ASCII)  # as ``teacher_row`` names it
 FEWER_STEPS = (1, 2, 4, 8)  # the teacher's rows beside its full number of steps
 BASE = "base, one step"
 ADAPTED = "HiPA, one step"
@@ -194,6 +196,19 @@ def make_images(
         text = text or trained.text
         size = trained.resolution
 
+    # What takes one step, or none, comes before the teacher's many: an image of another size, or a
+    # prompt that a bundle does not know, is said before minutes or hours of its images.
+    others = {}
+    with console.status("one-step images"):
+        for rival in rivals:
+            others[rival.row] = rival_images(
+                model_dir, rival, texts, seeds, style=style, text=text, size=size
+            )
+        base = one_step_images(model_dir, None, texts, seeds, style=style, text=text, size=size)
+        own = {BASE: base}
+        if adaptor is not None:
+            own[ADAPTED] = one_step_images(model_dir, adaptor, texts, seeds, style=style, text=text)
+
     # The teacher at fewer steps shows what its steps are worth on this model.
     for steps in FEWER_STEPS:
         if steps >= teacher.steps:
@@ -210,19 +225,7 @@ def make_images(
             model_dir, texts, seeds, teacher, style, text, size
         )
 
-    with console.status("one-step images"):
-        rows[BASE] = one_step_images(
-            model_dir, None, texts, seeds, style=style, text=text, size=size
-        )
-        if adaptor is not None:
-            rows[ADAPTED] = one_step_images(
-                model_dir, adaptor, texts, seeds, style=style, text=text
-            )
-        for rival in rivals:
-            rows[rival.row] = rival_images(
-                model_dir, rival, texts, seeds, style=style, text=text, size=size
-            )
-    return rows, again
+    return {**rows, **own, **others}, again
 
 
 def quality_report(
@@ -342,7 +345,8 @@ def _intervals(row: _Measured, base: _Measured | None, floor: _Measured) -> Inte
 
 def _is_reference(name: str) -> bool:
     """Whether a row is the base's or the teacher's, of which there is no share to close."""
-    return name == BASE or name.startswith("teacher")
+    # By its whole form: a rival's file or folder may be called 'teacher' too.
+    return name == BASE or _TEACHER.fullmatch(name) is not None
 
 
 def teacher_twice(

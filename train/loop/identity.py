@@ -53,6 +53,11 @@ FURTHER_IDENTITY = {
     "real_images_sha256": "other images or captions in latent_discriminator.real_images",
     "scorer": "another alignment.scorer",
 }
+# What an older run did otherwise: its checkpoint lacks the key, and it does not go on.
+REPLACED = {
+    "edit_noise": "edits of the teacher's images by the very noise that these were made of, which "
+    "changes them too little",
+}
 # Keys of a recipe that are paths, with their table.
 PATHS = (
     (None, "prompts"),
@@ -95,6 +100,27 @@ def check_same_run(
     for key, other in FURTHER_IDENTITY.items():
         if key in stored and stored[key] != now.get(key):
             raise _another(folder, f"was started with {other}")
+
+
+def check_not_replaced(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a checkpoint is not of a training that is done otherwise now.
+
+    Args:
+        folder: of the run, for messages.
+        stored: the checkpoint's identity.
+        now: the identity of the training that was asked for.
+
+    Raises:
+        HipaError: it is; the message says what is done otherwise.
+
+    """
+    for key, before in REPLACED.items():
+        if now.get(key) is not None and stored.get(key) is None:
+            raise HipaError(
+                f"run folder {folder} was started with {before}. This version does so no more, and "
+                "the run cannot go on. Choose another output folder. hipa-train --from starts from "
+                "what an adaptor has learned."
+            )
 
 
 def check_same_recipe(

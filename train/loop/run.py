@@ -26,7 +26,7 @@ from hipa_deploy.train.loop.checkpoint import (
     optimizer_state,
     read_checkpoint,
 )
-from hipa_deploy.train.loop.identity import check_same_run
+from hipa_deploy.train.loop.identity import check_not_replaced, check_same_run
 from hipa_deploy.train.loop.optimizer import learning_rate
 from hipa_deploy.train.loop.output import CHECKPOINT
 from hipa_deploy.train.loop.plateau import Plateau
@@ -52,8 +52,9 @@ class Run:
         folder: The run folder, made at the first checkpoint.
         weights: The weights to train, by name.
         optimizer: Its parameter groups hold ``weights`` first, then those that the loss trains.
-        identity: What the run depends on: ``recipe``, and keys of OTHER_IDENTITY and
-            FURTHER_IDENTITY. It is stored as JSON, and a checkpoint of another identity is refused.
+        identity: What the run depends on: ``recipe``, and keys of OTHER_IDENTITY,
+            FURTHER_IDENTITY and REPLACED. It is stored as JSON, and a checkpoint of another
+            identity is refused.
         recipe: The run's settings.
         processes: The processes that share each batch.
         extra_state: Further parameters that a checkpoint stores: those of the loss.
@@ -106,6 +107,7 @@ class Run:
         weights = self._stored_weights()
         state = read_checkpoint(self.path, weights, self.recipe.steps)
         check_same_run(self.folder, state["identity"], self.identity, type(self.recipe))
+        check_not_replaced(self.folder, state["identity"], self.identity)
         check_tensors(self.path, "weights", state["weights"], weights)
         check_tensors(self.path, "average", state["average"], self.average.mean)
         optimizer = optimizer_state(self.path, state["optimizer"], self.optimizer)

@@ -23,8 +23,8 @@ from hipa_deploy.models.model_config import ModelConfig
 from hipa_deploy.models.weights.part_config import build
 from hipa_deploy.models.weights.weight_files import find_weights
 from hipa_deploy.tasks import STEP_INPUTS
-from hipa_deploy.train.data.crops import check_crop, cropped
-from hipa_deploy.train.distribution.terms import DistributionTerms, check_distribution_terms
+from hipa_deploy.train.data.crops import cropped
+from hipa_deploy.train.distribution.terms import DistributionTerms
 from hipa_deploy.train.losses.alignment import ClipScorer, unloaded_scorer
 from hipa_deploy.train.losses.dists import DistsLike
 from hipa_deploy.train.losses.hipa_loss import HipaLoss
@@ -35,7 +35,7 @@ from hipa_deploy.train.model.mixed_precision import decoder_precision, in_precis
 from hipa_deploy.train.model.one_step import task_latents
 from hipa_deploy.train.model.unet_adaptor import add_adaptors, without_adaptor
 from hipa_deploy.train.prediction.count_call import count_call
-from hipa_deploy.train.recipes.recipe import Recipe
+from hipa_deploy.train.recipes.recipe import Recipe, check_crop, check_distribution_terms
 
 SCHEDULE = 1000  # timesteps of a schedule; which alpha_bar they have costs nothing
 LAST_STEP = 100_000_000  # beyond every recipe's delays
@@ -428,7 +428,7 @@ class SimulatedTraining:
 
 def _distribution(model: DiffusionModel, recipe: Recipe, *, emulated: bool) -> DistributionTerms:
     """The terms that compare distributions, whose schedule and empty prompt come later."""
-    check_distribution_terms(recipe, model)
+    check_distribution_terms(recipe, model.config)
     return DistributionTerms(
         model.unet,
         recipe,

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -27,6 +27,9 @@ from hipa_deploy.train.recipes.distribution_settings import (
 from hipa_deploy.train.recipes.held_out_settings import HeldOutSettings
 from hipa_deploy.train.recipes.loss_settings import DecoderLossSettings, LossSettings
 from hipa_deploy.train.recipes.recipe_table import Settings
+
+if TYPE_CHECKING:
+    from hipa_deploy.models.model_config import ModelConfig
 
 SHIPPED = Path(__file__).parent  # the folder of the recipes that the package contains
 MODEL_PREFIX = "model:"  # of a prompt file that lies in the model's folder
@@ -614,6 +617,54 @@ def check_factor(recipe: Recipe, size: tuple[int, int]) -> None:
         f"source.factor = {factor} does not divide {height}x{width}. "
         "Choose one that divides the model's size."
     )
+
+
+def check_crop(side: int | None, latent_shape_CHW: tuple[int, int, int]) -> None:
+    """Raise HipaError for a square that is larger than the latents."""
+    smallest = min(latent_shape_CHW[1:])
+    if side is not None and side > smallest:
+        raise HipaError(
+            f"decode_crop = {side} is larger than the model's latents. "
+            f"Expected at most {smallest}, or no decode_crop to decode whole images."
+        )
+
+
+def check_distribution_terms(recipe: Recipe, config: ModelConfig) -> None:
+    """Raise HipaError if the recipe has terms that the model cannot have.
+
+    Args:
+        recipe: Of a training.
+        config: Of its model.
+
+    """
+    length = len(config.alphas_cumprod)
+    tables = {"score": recipe.score, "latent_discriminator": recipe.latent_discriminator}
+    for name, settings in tables.items():
+        if not settings.weight:
+            continue
+        if config.is_inpainting:
+            raise HipaError(
+                f"{config.folder} fills holes only, and makes no whole images to compare. "
+                f"Set {name}.weight = 0."
+            )
+        if settings.timesteps[1] >= length:
+            raise HipaError(
+                f"recipe: {name}.timesteps = {list(settings.timesteps)}: expected timesteps below "
+                f"{length}, which is all that the model has."
+            )
+
+
+def check_levels(settings: DecoderSettings, config: ModelConfig) -> None:
+    """Raise HipaError unless a tiny decoder's levels enlarge as the model's VAE does."""
+    # Every level but the last doubles height and width.
+    levels = len(settings.blocks)
+    enlargement = 2 ** (levels - 1)
+    factor = config.vae_factor
+    if enlargement != factor:
+        raise HipaError(
+            f"decoder.blocks has {levels} levels, which enlarge {enlargement} times. "
+            f"Expected {factor.bit_length()} for the {factor} times of {config.folder}."
+        )
 
 
 def source_prompts(recipe: Recipe | DecoderRecipe, model_folder: Path) -> list[str]:

@@ -97,6 +97,8 @@ def test_a_card_says_from_which_adaptor_a_training_started(adaptor: Path, tmp_pa
     text = card(adaptor, tmp_path / "out")
     assert f"| started from | an adaptor, SHA-256 of its weights `{'a' * 64}`, trained" in text
     assert "before on 2 sets of prompts |" in text
+    change(adaptor, earlier_prompts_sha256=[])
+    assert "before on prompts that were not recorded |" in card(adaptor, tmp_path / "older")
     assert re.search(r"\| optimiser steps \| [\d,]+, of this training alone \|", text)
     change(adaptor, initial_sha256=None, earlier_prompts_sha256=[])
     scratch = card(adaptor, tmp_path / "scratch")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hipa_deploy.errors import HipaError
-from hipa_deploy.train.data.crops import check_crop, crop_corners, cropped
+from hipa_deploy.train.data.crops import crop_corners, cropped
+from hipa_deploy.train.recipes.recipe import check_crop
 
 
 def test_corners_are_a_function_of_seed_step_and_row() -> None:

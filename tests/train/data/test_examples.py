@@ -23,7 +23,7 @@ from hipa_deploy.train.data.examples import (
     TaskExamples,
     task_examples,
 )
-from hipa_deploy.train.data.teacher_pairs import teacher_latents
+from hipa_deploy.train.data.teacher_pairs import noise_seeds, teacher_latents
 from hipa_deploy.train.model.diffusion_model import DiffusionModel, to_float
 from hipa_deploy.train.recipes.recipe import Recipe, SourceSettings, read_prompts
 from hipa_deploy.train.train_adaptor import train_adaptor
@@ -69,6 +69,29 @@ def test_edits_follow_another_prompt_from_the_encoded_source(
         examples.step_inputs(ROWS)["source"], model.encode(to_float(sources)), atol=1e-5
     )
     assert examples.images(ROWS).shape == (3, 3, *model.resolution)
+
+
+@pytest.mark.parametrize("per_image", [1, 2])
+def test_edits_of_the_teachers_images_have_other_noise_than_made_them(
+    model: DiffusionModel, recipe: Recipe, cache: Path, per_image: int
+) -> None:
+    """Its own noise would lead the teacher back to the source; a user's image has none of it."""
+    edit = of_task(recipe, "edit", strengths=[0.5], per_image=per_image)
+    made_them = model.noise(noise_seeds(torch.arange(edit.teacher.pairs), edit.seed).tolist())
+    edits = examples_of(model, edit, cache)
+    added = edits.step_inputs(torch.arange(edits.count))["noise"]
+    both = torch.cat([made_them, added]).flatten(1)
+    assert len(both.unique(dim=0)) == len(both)
+
+    # The target is the teacher's edit with that very noise.
+    inputs = edits.step_inputs(ROWS)
+    timestep = int(edits.timestep(ROWS)[0])
+    signal = model.alpha_bar(timestep)
+    start = signal**0.5 * inputs["source"] + (1 - signal) ** 0.5 * inputs["noise"]
+    expected = teacher_latents(
+        model, start, edits.conditions(ROWS), model.unguided(), edit.teacher, timestep
+    )
+    assert torch.allclose(edits.latents(ROWS), expected, atol=2e-2)  # stored in float16
 
 
 def test_the_teachers_edit_of_full_strength_is_close_to_its_image_from_the_noise(

@@ -18,6 +18,7 @@ from hipa_deploy.generate.pipeline import OneStepPipeline
 from hipa_deploy.images.read import read_image
 from hipa_deploy.marks.image_file import encode_image
 from hipa_deploy.models.style import Style
+from hipa_deploy.train.evaluation import quality_report as quality_report_module
 from hipa_deploy.train.evaluation.contenders import (
     BundleContender,
     ImageFolder,
@@ -70,6 +71,23 @@ def test_what_a_name_stands_for(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(HipaError, match=r"is no adaptor .*, no bundle .*, and has no images"):
         parse_contender(str(tmp_path / "empty"))
+
+
+def test_a_contender_that_fails_does_so_before_the_teachers_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_images(tmp_path / "theirs")
+    Image.new("RGB", (64, 64)).save(folder / "003.png")
+
+    def teacher_images(*_: object, **__: object) -> np.ndarray:
+        pytest.fail("the teacher's images take minutes")
+
+    monkeypatch.setattr(quality_report_module, "teacher_images", teacher_images)
+    teacher = TeacherSettings(steps=25, pairs=1)
+    with pytest.raises(HipaError, match=r"003.png has 64x64 pixels .* Expected 128x128"):
+        make_images(
+            MODEL, None, PROMPTS, teacher, 4, Console(quiet=True), rivals=[ImageFolder(folder)]
+        )
 
 
 def test_a_report_with_each_kind(tmp_path: Path) -> None:

@@ -146,6 +146,18 @@ def test_no_share_whose_interval_is_wider_than_the_gap(spread: float, given: boo
     assert any("is given of rival:" in text for text in report.doubts) != given
 
 
+def test_a_rival_that_is_called_teacher_has_a_share_too() -> None:
+    truth, again, near, far = image_sets()
+    rival = "teacher-of-mine (images)"
+    rows = {teacher_row(1): far, teacher_row(25): truth, ADAPTED: near, BASE: far, rival: near}
+    report = quality_report(TEACHER, TEXTS, truth, again, rows)
+    assert f"; {rival} " in gap_line(report)
+    assert "teacher, " not in gap_line(report)
+    unknown = report.intervals[rival].model_copy(update={"kid_gap_closed": None})
+    report = report.model_copy(update={"intervals": {**report.intervals, rival: unknown}})
+    assert any(f"is given of {rival}:" in text for text in report.doubts)
+
+
 def test_the_numbers_are_those_of_the_single_functions() -> None:
     truth, again, near, far = image_sets()
     report = quality_report(TEACHER, TEXTS, truth, again, {ADAPTED: near, BASE: far})

@@ -190,6 +190,30 @@ def test_another_choice_of_source_prompts_does_not_resume(
         train(edit, model_dir, tmp_path / "adaptor", cache)
 
 
+def test_edits_from_before_their_noise_was_another_do_not_go_on(
+    recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, stop_after
+) -> None:
+    values = recipe.model_dump() | {"task": "edit", "source": {"strengths": [1.0]}}
+    edit = Recipe.model_validate(values)
+    out = tmp_path / "adaptor"
+    stop_after(1)
+    with pytest.raises(HipaError, match="stopped"):
+        train(edit, model_dir, out, cache)
+    stop_after(None)
+    path = out.with_name("adaptor.run") / "state.pt"
+    state = torch.load(path, weights_only=True)
+    identity = json.loads(state["identity"])
+    del identity["edit_noise"]
+    torch.save(state | {"identity": json.dumps(identity)}, path)
+    with pytest.raises(HipaError, match="started with edits of the teacher's images by the very"):
+        train(edit, model_dir, out, cache)
+
+    # One of this version goes on, and its result is extended.
+    torch.save(state, path)
+    train(edit, model_dir, out, cache)
+    train(edit.model_copy(update={"steps": edit.steps + 1}), model_dir, out, cache)
+
+
 def test_divergence_stops_and_keeps_the_checkpoint(
     recipe: Recipe, model_dir: Path, cache: Path, tmp_path: Path, monkeypatch
 ) -> None:
