@@ -73,7 +73,7 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
     Args:
         folders: Two or more adaptor folders, for the same model, task and timestep. They may have
             other ranks, layers, losses, seeds or prompts: a layer that one lacks counts as
-            unchanged there.
+            unchanged there. One that is given twice weighs twice as much.
         out: The folder to write. It appears whole or not at all.
         rank: Rank of the average; the largest of the adaptors' own if None.
 
@@ -113,6 +113,8 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
     hashes = [weights_sha256(folder) for folder in folders]
     about = {"adaptors": hashes, "rank": rank, "left_out": error}
     prompts = dict.fromkeys(each for one in metadata for each in one.all_prompts_sha256)
+    # One that is given several times, so that it weighs more, was trained once.
+    distinct = dict(zip(hashes, metadata, strict=True)).values()
     recipe = metadata[0].recipe
     stored = {**recipe.get("adaptor", {}), "dtype": str(dtype).removeprefix("torch.")}
     record = metadata[0].model_copy(
@@ -124,7 +126,7 @@ def average_adaptors(folders: Sequence[Path], out: Path, rank: int | None = None
             "steps_trained": max(each.steps_trained for each in metadata),
             "initial_sha256": None,
             "earlier_prompts_sha256": tuple(prompts),
-            "training": summed([entry for each in metadata for entry in each.training]),
+            "training": summed([entry for each in distinct for entry in each.training]),
             "recipe": {**recipe, "adaptor": stored, "average": about},
         }
     )

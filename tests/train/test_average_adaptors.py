@@ -161,7 +161,7 @@ def test_an_adaptor_is_its_own_average(adaptors: list[Path], model_dir: Path, tm
     assert made.error < 1e-6
     (spent,) = read_metadata(made.folder).training
     (each,) = read_metadata(adaptors[0]).training
-    assert (spent.steps, spent.hours) == (2 * each.steps, pytest.approx(2 * each.hours))
+    assert (spent.steps, spent.hours) == (each.steps, each.hours)  # it was trained once
     known = read_metadata(adaptors[0]).prompts_sha256
     assert read_metadata(made.folder).all_prompts_sha256 == (known,)
     own = merged(model_dir, adaptors[0])
