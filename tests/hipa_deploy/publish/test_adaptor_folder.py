@@ -73,7 +73,7 @@ def test_the_card_of_an_adaptor(adaptor: Path, model_with_licence: Path, tmp_pat
         'PeftModel.from_pretrained(unet, "me/one-step")',
         "hipa-export --model stabilityai/base --adaptor my-adaptor",
         "| trained weights | 2,323,456 |",
-        "| teacher's images | 13,215, 30 UNet evaluations each |",
+        "| teacher's images | 2,048, 30 UNet evaluations each |",
         "None was measured for this card.",
     ):
         assert expected in text
@@ -123,9 +123,9 @@ def test_the_card_of_the_included_adaptor_says_what_it_is_the_average_of(tmp_pat
     with pytest.warns(HipaWarning):
         out = written("emoji", tmp_path / "out")
     text = (out / "README.md").read_text()
-    assert "| average of | 3 adaptors, SHA-256 of their weights " in text
-    assert "| left out by its rank | 0.7% of the average's norm |" in text
-    assert "| folder of images, of the first adaptor | images |" in text
+    assert "| average of | 5 adaptors, SHA-256 of their weights " in text
+    assert "| left out by its rank | 0.2% of the average's norm |" in text
+    assert "| folder of images, of the first adaptor | pictures4k |" in text
 
 
 def test_an_average_that_left_out_nothing_is_one(adaptor: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_the_card_of_a_bundle(report: Path, tmp_path: Path) -> None:
         "hipa-generate my-bundle",
         f"UNet `{manifest.base_model.sha256}`",
         manifest.files["unet/model.onnx"],
-        "| unet | fp16 | 76.7 dB | none |",
+        "| unet | fp16 | 78.5 dB | none |",
         "A safety checker is not in the bundle.",
         "Image size and batch are fixed.",
         "| HiPA | 0.1 |",
